@@ -1,0 +1,91 @@
+package integrity
+
+// Table is a policy compiled for one host: what the kernel programs look at.
+// It is derived data; Evaluate stays the definition of every decision, and a
+// test compares the two.
+type Table struct {
+	PolicyDigest Digest // SHA-256 of the signed policy's payload
+	Epoch        uint64 // policy epoch; only grows
+	Modes        [8]Mode
+	Entries      map[Key]Entry
+	Interpreters []Interpreter // Entry.Interpreter is 1 + index into this; at most MaxInterpreters
+	Process      ProcessRules
+}
+
+// MaxInterpreters bounds Table.Interpreters (the kernel side is an array).
+const MaxInterpreters = 63
+
+// Key identifies content.
+type Key struct {
+	Space  Space
+	Digest Digest
+}
+
+// Entry says what content may be used as, and what a process that executes it
+// may do.
+type Entry struct {
+	Kinds       KindSet
+	Roles       Role
+	Interpreter uint8 // 0: not an interpreter; else 1 + index into Table.Interpreters
+}
+
+// Role is a set of permissions and duties of a process that runs an entry.
+type Role uint16
+
+// The roles. Shared with the kernel programs.
+const (
+	RoleAgent     Role = 1 << 0 // Ringwall itself: may touch its own maps and state
+	RoleJIT       Role = 1 << 1 // may make anonymous memory executable
+	RoleJITShared Role = 1 << 2 // may map memfd or shared anonymous memory executable
+	RoleBPF       Role = 1 << 3 // may load BPF programs
+	RoleDebug     Role = 1 << 4 // may ptrace others
+	RolePackages  Role = 1 << 5 // a package manager; inherited by everything it starts
+	RoleBlock     Role = 1 << 6 // may write to mounted block devices
+)
+
+// Reads says which files an interpreter may open.
+type Reads uint8
+
+// The read rules. Shared with the kernel programs.
+const (
+	ReadsAny    Reads = 0 // any file; only the named script is checked
+	ReadsCode   Reads = 1 // files with a code suffix, and the named script, must be authorised
+	ReadsStrict Reads = 2 // every regular file outside the data paths, and the named script, must be authorised
+)
+
+// Stdin is a set of things an interpreter may read code from as its standard
+// input, when it is given neither a script nor inline code.
+type Stdin uint8
+
+// The stdin forms. Shared with the kernel programs.
+const (
+	StdinTTY    Stdin = 1 << 0
+	StdinPipe   Stdin = 1 << 1
+	StdinFile   Stdin = 1 << 2
+	StdinSocket Stdin = 1 << 3
+	StdinNull   Stdin = 1 << 4
+)
+
+// Interpreter is the rule for programs that read code from files, arguments or
+// standard input.
+type Interpreter struct {
+	Name        string
+	Reads       Reads
+	Inline      Mode     // ModeOff: inline code is allowed without an event; ModeAudit; ModeEnforce: refused
+	Stdin       Stdin    // allowed forms; others are treated as Inline says, or refused when Inline is off
+	InlineFlags string   // ASCII letters of short options that carry inline code, e.g. "c" for sh, "eE" for perl
+	ArgFlags    string   // ASCII letters of other short options that take an argument
+	StdinFlags  string   // ASCII letters of short options that force code from stdin, e.g. "s" for sh
+	InlineLong  []string // long options that carry inline code, e.g. "--eval"; at most 4, each at most 15 bytes
+	ArgLong     []string // other long options that take a separate argument; at most 4, each at most 15 bytes
+	CodeSuffix  []string // file name endings that ReadsCode checks, e.g. ".py"; at most 8, each at most 7 bytes
+	DataPaths   []string // absolute path prefixes that ReadsStrict leaves alone, e.g. "/etc/"; each at most 240 bytes
+}
+
+// ProcessRules are the decisions that do not depend on a file's content.
+type ProcessRules struct {
+	Memory      Mode // W^X: executable anonymous, writable+executable and patched file mappings
+	Ptrace      Mode // attaching to and writing into other processes, /proc/PID/mem
+	BlockWrites Mode // writing to block devices that carry a mounted file system
+	CodeWrites  Mode // opening mapped, authorised code for writing
+}
