@@ -79,7 +79,7 @@ type Interpreter struct {
 	InlineLong  []string // long options that carry inline code, e.g. "--eval"; at most 4, each at most 15 bytes
 	ArgLong     []string // other long options that take a separate argument; at most 4, each at most 15 bytes
 	CodeSuffix  []string // file name endings that ReadsCode checks, e.g. ".py"; at most 8, each at most 7 bytes
-	DataPaths   []string // absolute path prefixes that ReadsStrict leaves alone, e.g. "/etc/"; each at most 240 bytes
+	DataPaths   []string // directories ("/etc/", with the slash) and files that ReadsStrict leaves alone; each at most 62 bytes
 }
 
 // ProcessRules are the decisions that do not depend on a file's content.

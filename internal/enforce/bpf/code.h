@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Programs, libraries, memory and kernel code. */
+#ifndef RINGWALL_CODE_H
+#define RINGWALL_CODE_H
+
+#define BIT(k) (1 << (k))
+
+/* A file handed to execve. Called for a script first, then for its interpreter. */
+SEC("lsm.s/bprm_check_security")
+long BPF_PROG(rw_exec, struct linux_binprm *bprm)
+{
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s)
+		return 0;
+	struct found o = {};
+	bool elf = bprm->buf[0] == 0x7f && bprm->buf[1] == 'E' && bprm->buf[2] == 'L' && bprm->buf[3] == 'F';
+	__u16 kind = elf ? K_EXEC : K_SCRIPT;
+	return judge(c, s, bprm->file, kind, BIT(kind), &o, true, true, NULL);
+}
+
+/* AT_EXECVE_CHECK (6.14): an interpreter asks whether a script may run. */
+SEC("lsm.s/bprm_creds_for_exec")
+long BPF_PROG(rw_exec_check, struct linux_binprm *bprm)
+{
+	struct linux_binprm___check *b = (void *)bprm;
+	if (!bpf_core_field_exists(b->is_check) || !BPF_CORE_READ_BITFIELD(b, is_check))
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	struct found o = {};
+	return s ? judge(c, s, bprm->file, K_SCRIPT, BIT(K_SCRIPT) | BIT(K_EXEC), &o, true, true, NULL) : 0;
+}
+
+/*
+ * Marks authorised code as mapped so that writers are refused from now on, and
+ * then looks for writers that came before: whichever of the two is second sees
+ * the other (the kernel counts a writer before it asks rw_open).
+ */
+static __always_inline bool mark_mapped(struct inode *in)
+{
+	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
+	if (!w)
+		return true; /* identity from fs-verity or dm-verity: there can be no writer */
+	if (!w->mapped)
+		__sync_fetch_and_or(&w->mapped, 1);
+	return *(volatile int *)&in->i_writecount.counter <= 0;
+}
+
+SEC("lsm.s/mmap_file")
+long BPF_PROG(rw_mmap, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags)
+{
+	if (!(prot & PROT_EXEC))
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s)
+		return 0;
+	/* since 6.5 the verifier takes file for non-NULL and deletes a plain test: ask for the raw argument */
+	__u64 raw = 0;
+	bpf_get_func_arg(ctx, 0, &raw);
+	if (!raw || !file) {
+		if (s->memory == M_OFF || may(R_JIT | R_JIT_SHARED))
+			return 0;
+		return refuse_act(c, s, s->memory, prot & PROT_WRITE ? WHY_MEMORY_WX : WHY_MEMORY_ANON, NULL);
+	}
+	if (is_loose_memory(file) && may(R_JIT_SHARED))
+		return 0;
+	struct found o = {};
+	long rc = judge(c, s, file, K_LIBRARY, BIT(K_LIBRARY) | BIT(K_EXEC), &o, true, true, NULL);
+	if (rc)
+		return rc;
+	struct report r = { .kind = K_LIBRARY, .file = file, .digest = o.digest, .space = o.space };
+	if ((prot & PROT_WRITE) && s->memory != M_OFF) {
+		r.mode = s->memory;
+		r.reason = WHY_MEMORY_WX;
+		return refuse(c, s, &r, true);
+	}
+	if ((o.entry.kinds & (BIT(K_LIBRARY) | BIT(K_EXEC))) && s->code_writes == M_ENFORCE && !mark_mapped(file->f_inode)) {
+		r.mode = s->modes[K_LIBRARY];
+		r.reason = WHY_NO_IDENTITY;
+		r.error = -ETXTBSY;
+		return refuse(c, s, &r, true);
+	}
+	return 0;
+}
+
+SEC("lsm/file_mprotect")
+long BPF_PROG(rw_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot)
+{
+	if (!(prot & PROT_EXEC))
+		return 0;
+	bool was = vma->vm_flags & VM_EXEC;
+	if (was && !(prot & PROT_WRITE))
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s || s->memory == M_OFF)
+		return 0;
+	struct file *f = vma->vm_file;
+	__u16 why = prot & PROT_WRITE ? WHY_MEMORY_WX : WHY_MEMORY_ANON;
+	__u16 roles = R_JIT | R_JIT_SHARED;
+	if (f) {
+		/* the pages may have been changed since they were mapped; only shared memory of a JIT may do this */
+		why = was ? WHY_MEMORY_WX : WHY_MEMORY_FILE;
+		roles = f->f_inode->i_sb->s_magic == TMPFS_MAGIC && !f->f_inode->i_nlink ? R_JIT_SHARED : 0;
+	}
+	if (roles && may(roles))
+		return 0;
+	return refuse_act(c, s, s->memory, why, NULL);
+}
+
+/* Files that the kernel reads for itself. */
+SEC("lsm.s/kernel_read_file")
+long BPF_PROG(rw_kernel_read, struct file *file, unsigned long id, bool contents)
+{
+	__u16 kind = 0;
+	if (id == bpf_core_enum_value(enum kernel_read_file_id, READING_MODULE))
+		kind = K_MODULE;
+	else if (bpf_core_enum_value_exists(enum kernel_read_file_id, READING_MODULE_COMPRESSED) &&
+		 id == bpf_core_enum_value(enum kernel_read_file_id, READING_MODULE_COMPRESSED))
+		kind = K_MODULE;
+	else if (id == bpf_core_enum_value(enum kernel_read_file_id, READING_FIRMWARE))
+		kind = K_FIRMWARE;
+	else if (id == bpf_core_enum_value(enum kernel_read_file_id, READING_KEXEC_IMAGE) ||
+		 id == bpf_core_enum_value(enum kernel_read_file_id, READING_KEXEC_INITRAMFS))
+		kind = K_KEXEC;
+	else
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s)
+		return 0;
+	__u64 raw = 0;
+	bpf_get_func_arg(ctx, 0, &raw);
+	if (!raw || !file)
+		return s->modes[kind & 7] ? refuse_act(c, s, s->modes[kind & 7], WHY_FROM_MEMORY, NULL) : 0;
+	struct found o = {};
+	return judge(c, s, file, kind, BIT(kind), &o, true, true, NULL);
+}
+
+/* Kernel code from memory: init_module(2), the old kexec_load(2). There is no file to judge. */
+SEC("lsm/kernel_load_data")
+long BPF_PROG(rw_kernel_load, unsigned long id, bool contents)
+{
+	__u16 kind = 0;
+	if (id == bpf_core_enum_value(enum kernel_load_data_id, LOADING_MODULE))
+		kind = K_MODULE;
+	else if (id == bpf_core_enum_value(enum kernel_load_data_id, LOADING_FIRMWARE))
+		kind = K_FIRMWARE;
+	else if (id == bpf_core_enum_value(enum kernel_load_data_id, LOADING_KEXEC_IMAGE) ||
+		 id == bpf_core_enum_value(enum kernel_load_data_id, LOADING_KEXEC_INITRAMFS))
+		kind = K_KEXEC;
+	else
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s || !s->modes[kind & 7])
+		return 0;
+	struct report r = { .kind = kind, .mode = s->modes[kind & 7], .reason = WHY_FROM_MEMORY };
+	return refuse(c, s, &r, false);
+}
+
+#endif

@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#ifndef RINGWALL_MAPS_H
+#define RINGWALL_MAPS_H
+
+/* What is known of an inode's content. seq is odd while it is being written. */
+struct identity {
+	__u32 seq;
+	__u32 ctime_ns;
+	__u64 ctime_s, size, writes;
+	__u8 digest[32];
+};
+/* Kept beside it; made before a digest is computed so that writers can void it. */
+struct writes {
+	__u64 count;  /* opens for writing and truncations */
+	__u32 mapped; /* authorised and mapped executable: refuse writers */
+	__u32 pad;
+};
+struct task {
+	__u16 roles;
+	__u8 interpreter; /* slot of its rule, 0: none */
+	__u8 pad;
+	__u32 script_len;
+	__u64 script_hash; /* of the script named on the command line */
+};
+/* A directory, with its closing slash, or a file whose content an interpreter may read unchecked. */
+#define DATA_PATH_LEN 64
+struct data_path { __u8 generation, interpreter; __u8 pad[6]; char path[DATA_PATH_LEN]; };
+/* Working space of an interpreter's task; too big for the BPF stack. */
+struct scratch {
+	char name[PATH_LEN];
+	char path[PATH_LEN];
+	struct data_path key;
+	__u8 verity[68];
+	__u8 pad[4];
+};
+
+struct { __uint(type, BPF_MAP_TYPE_INODE_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct identity); } identities SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_INODE_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct writes); } inode_writes SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_TASK_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct task); } tasks SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_TASK_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct scratch); } scratches SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, __u32); __type(value, struct steering); } control SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, __u32); __type(value, struct counts); } counters SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2); __type(key, __u32); __type(value, struct generation); } settings SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2 * INTERPRETERS); __type(key, __u32); __type(value, struct interpreter); } interpreters SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 4096); __type(key, struct data_path); __type(value, __u8); } data_paths SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 256); __type(key, __u32); __type(value, struct key); } verity_devices SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 1024); __type(key, struct guarded); __type(value, __u8); } guarded_inodes SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 128); __type(key, __u32); __type(value, __u8); } own_maps SEC(".maps");
+/* Processes that were there before the programs, by tgid; start in clock ticks since boot, as in /proc/PID/stat. */
+#define TICK_NS 10000000
+struct adoption { __u64 start; struct task task; };
+struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 4096); __type(key, __u32); __type(value, struct adoption); } adopted SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 1 << 22); } events SEC(".maps");
+/* One table per policy generation, filled before it is put in force. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_HASH);
+		__uint(max_entries, 1);
+		__type(key, struct key);
+		__type(value, struct entry);
+	});
+} tables SEC(".maps");
+
+#endif
