@@ -1,0 +1,199 @@
+package pki_test
+
+import (
+	"bytes"
+	"encoding/pem"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/pki"
+)
+
+func TestKey_roundTrip(t *testing.T) {
+	k := newKey(t)
+	for _, pass := range []string{"", "correct horse"} {
+		data, err := pki.EncodeKey(k, []byte(pass))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := pki.DecodeKey(data, []byte(pass))
+		if err != nil || !got.Equal(k) {
+			t.Errorf("passphrase %q: %v", pass, err)
+		}
+		if pass == "" {
+			continue
+		}
+		if _, err := pki.DecodeKey(data, []byte("wrong")); err == nil {
+			t.Error("wrong passphrase accepted")
+		}
+		if _, err := pki.DecodeKey(data, nil); !errors.Is(err, errs.Denied) {
+			t.Errorf("no passphrase: %v", err)
+		}
+		openssl(t, data, "pkey", "-passin", "pass:"+pass, "-noout")
+		theirs := openssl(t, data, "pkcs8", "-topk8", "-v2", "aes-256-cbc", "-v2prf", "hmacWithSHA256",
+			"-passin", "pass:"+pass, "-passout", "pass:"+pass)
+		if got, err := pki.DecodeKey(theirs, []byte(pass)); err != nil || !got.Equal(k) {
+			t.Errorf("a key that openssl encrypted: %v", err)
+		}
+	}
+}
+
+// openssl runs openssl(1) on data, or skips the test where there is none.
+func openssl(t *testing.T, data []byte, args ...string) []byte {
+	t.Helper()
+	path, err := exec.LookPath("openssl")
+	if err != nil {
+		t.Skip("SKIPPED: openssl is not installed; interoperability is not tested")
+	}
+	c := exec.Command(path, args...)
+	c.Stdin = bytes.NewReader(data)
+	var stderr bytes.Buffer
+	c.Stderr = &stderr
+	out, err := c.Output()
+	if err != nil {
+		t.Fatalf("openssl %v: %v: %s", args, err, stderr.Bytes())
+	}
+	return out
+}
+
+func TestDecodeKey_refuses(t *testing.T) {
+	p384 := openssl(t, nil, "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384")
+	good, err := pki.EncodeKey(newKey(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{
+		"P-384": p384, "empty": nil, "two keys": append(bytes.Clone(good), good...), "huge": make([]byte, 1<<20),
+		"certificate": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{1}}),
+		"garbage":     pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte{1}}),
+		"bad PBES2":   pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte{0x30, 0}}),
+	} {
+		if _, err := pki.DecodeKey(data, []byte("x")); !errors.Is(err, errs.Invalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestAuthority_loadAndSign(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "ca")
+	c := &clock{epoch()}
+	pass := []byte("secret")
+	if _, err := pki.CreateAuthority(dir, pki.AuthorityOptions{Name: "F", Passphrase: pass, Now: c.now}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.CreateAuthority(dir, pki.AuthorityOptions{Name: "F", Now: c.now}); !errors.Is(err, errs.Conflict) {
+		t.Errorf("second create: %v", err)
+	}
+	if _, err := pki.LoadAuthority(dir, nil, c.now); !errors.Is(err, errs.Denied) {
+		t.Errorf("no passphrase: %v", err)
+	}
+	// The root key and the policy CA's live elsewhere.
+	for _, f := range []string{"root.key", "policy-ca.key"} {
+		if err := os.Remove(filepath.Join(dir, f)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, err := pki.LoadAuthority(dir, pass, c.now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposePolicy, Identity: identity, Now: c.now()}); !errors.Is(err, errs.NotFound) {
+		t.Errorf("signing with a key that is not here: %v", err)
+	}
+	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeBuild, Identity: identity, Now: c.now(), Lifetime: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := s.Sign(payloadType, []byte("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.VerifyBundle(b, a.Roots(pki.PurposeBuild), pki.PurposeBuild); err != nil {
+		t.Fatal(err)
+	}
+	key := filepath.Join(dir, "tsa.key")
+	if err := os.Chmod(key, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.LoadAuthority(dir, pass, c.now); !errors.Is(err, errs.Denied) {
+		t.Errorf("group-readable key: %v", err)
+	}
+	if err := os.Rename(filepath.Join(dir, "build-ca.key"), key); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.LoadAuthority(dir, pass, c.now); !errors.Is(err, errs.Invalid) {
+		t.Errorf("key of another certificate: %v", err)
+	}
+	if err := os.Rename(filepath.Join(dir, "policy-ca.crt"), filepath.Join(dir, "build-ca.crt")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.LoadAuthority(dir, pass, c.now); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("policy CA in the place of the build CA: %v", err)
+	}
+}
+
+func TestNewSigner_refuses(t *testing.T) {
+	w := newWorld(t)
+	for name, r := range map[string]pki.LeafRequest{
+		"no identity":   {Purpose: pki.PurposeBuild},
+		"not a URI":     {Purpose: pki.PurposeBuild, Identity: "build server"},
+		"no host":       {Purpose: pki.PurposeBuild, Identity: "urn:x"},
+		"odd spelling":  {Purpose: pki.PurposeBuild, Identity: "SPIFFE://fleet.example/a b"},
+		"user":          {Purpose: pki.PurposeBuild, Identity: "https://a@fleet.example/x"},
+		"eight days":    {Purpose: pki.PurposeBuild, Identity: identity, Lifetime: 8 * 24 * time.Hour},
+		"instantaneous": {Purpose: pki.PurposeBuild, Identity: identity, Lifetime: time.Second},
+		"no purpose":    {Identity: identity},
+	} {
+		r.Now = epoch()
+		if _, err := w.NewSigner(r); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func TestSign_refusesBeforeSigning(t *testing.T) {
+	w := newWorld(t)
+	s := w.signer(t, pki.PurposeBuild)
+	if _, err := s.Sign(payloadType, make([]byte, 65<<10)); !errors.Is(err, errs.Invalid) {
+		t.Errorf("too large: %v", err)
+	}
+	s.Key = newKey(t)
+	if _, err := s.Sign(payloadType, []byte("x")); !errors.Is(err, errs.Invalid) {
+		t.Errorf("other key: %v", err)
+	}
+	s = w.signer(t, pki.PurposeBuild)
+	s.Purpose = pki.PurposePolicy
+	if _, err := s.Sign(payloadType, []byte("x")); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("other purpose: %v", err)
+	}
+}
+
+// openssl verifies our certificates and tokens too.
+func TestAuthority_openssl(t *testing.T) {
+	dir := t.TempDir()
+	a, err := pki.CreateAuthority(dir, pki.AuthorityOptions{Name: "F", Now: time.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stamp, err := a.TSA.Stamp([]byte("message"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{"m": []byte("message"), "n": []byte("other"), "m.tsr": stamp} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in := func(f string) string { return filepath.Join(dir, f) }
+	openssl(t, nil, "verify", "-x509_strict", "-CAfile", in("root.crt"), in("build-ca.crt"))
+	openssl(t, nil, "verify", "-x509_strict", "-purpose", "timestampsign", "-CAfile", in("root.crt"), in("tsa.crt"))
+	openssl(t, nil, "ts", "-verify", "-data", in("m"), "-in", in("m.tsr"), "-CAfile", in("root.crt"))
+	if out, err := exec.Command("openssl", "ts", "-verify", "-data", in("n"), "-in", in("m.tsr"), "-CAfile", in("root.crt")).CombinedOutput(); err == nil {
+		t.Errorf("openssl accepts the token for other data: %s", out)
+	}
+}
