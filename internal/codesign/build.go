@@ -1,0 +1,214 @@
+package codesign
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"sort"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
+)
+
+// Options say how to make a catalogue.
+type Options struct {
+	// AllFiles lists every regular file, also those that are no code, for
+	// hosts whose interpreters may open authorised files only. Files that are
+	// no code get the kind script and FlagData.
+	AllFiles bool
+}
+
+// Built is the catalogue of an artefact.
+type Built struct {
+	Catalogue []byte // cat1
+	Names     []byte // nam1
+	Records   int
+	Files     int   // regular files read
+	Code      int   // of them, those that are code
+	Bytes     int64 // read
+	Kinds     map[integrity.Kind]int
+}
+
+// Build reads a source to its end and lists its executable content.
+func Build(s Source, o Options) (*Built, error) {
+	b := &builder{
+		options: o, hasher: NewHasher(), buf: make([]byte, 256<<10),
+		files: make(map[string]content), names: make(map[integrity.Digest][]Name),
+		out: &Built{Kinds: make(map[integrity.Kind]int)},
+	}
+	if err := s.Walk(b.visit); err != nil {
+		return nil, fmt.Errorf("build catalogue: %w", err)
+	}
+	if err := b.finish(); err != nil {
+		return nil, fmt.Errorf("build catalogue: %w", err)
+	}
+	return b.out, nil
+}
+
+type builder struct {
+	options Options
+	hasher  *Hasher
+	buf     []byte
+	files   map[string]content // by path, for hard links
+	records []Record
+	names   map[integrity.Digest][]Name
+	others  []Name
+	out     *Built
+}
+
+// content is what is known of a regular file besides its name and mode.
+type content struct {
+	digest, verity integrity.Digest
+	looks          sniffed
+	inner          integrity.Digest // of compressed modules and firmware
+	mode           fs.FileMode
+}
+
+func (b *builder) visit(m Member, r io.Reader) error {
+	if _, dup := b.files[m.Path]; dup {
+		return fmt.Errorf("%q appears twice: %w", m.Path, errs.Invalid)
+	}
+	switch {
+	case m.Hard:
+		c, ok := b.files[m.Link]
+		if !ok {
+			return fmt.Errorf("%q is a hard link to %q, which does not come before it: %w", m.Path, m.Link, errs.Invalid)
+		}
+		if c.inner.IsZero() && Classify(m.Path, c.mode, nil).Compressed != "" {
+			return fmt.Errorf("%q names compressed kernel code that %q does not: %w", m.Path, m.Link, errs.Unsupported)
+		}
+		b.files[m.Path] = c
+		b.add(m, c)
+		return nil
+	case !m.Mode.IsRegular():
+		b.others = append(b.others, Name{Path: m.Path, Mode: m.Mode, Origin: m.Origin, Target: m.Link})
+		return nil
+	case r == nil:
+		return fmt.Errorf("%q has no content: %w", m.Path, errs.Invalid)
+	}
+	c, err := b.measure(m, r)
+	if err != nil {
+		return fmt.Errorf("%q: %w", m.Path, err)
+	}
+	b.files[m.Path] = c
+	b.out.Files++
+	b.out.Bytes += m.Size
+	b.add(m, c)
+	return nil
+}
+
+// measure reads the content once.
+func (b *builder) measure(m Member, r io.Reader) (content, error) {
+	n, err := io.ReadFull(r, b.buf)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return content{}, err
+	}
+	first := b.buf[:n]
+	c := content{looks: sniff(first[:min(n, HeadSize)]), mode: m.Mode}
+	class := classOf(m.Path, m.Mode, c.looks)
+	b.hasher.Reset()
+	total := int64(n)
+	if class.Compressed != "" {
+		// The kernel decompresses modules and firmware itself, so both the
+		// file and what is inside must be known.
+		counted := &countReader{r: io.TeeReader(io.MultiReader(bytes.NewReader(bytes.Clone(first)), r), b.hasher)}
+		if c.inner, err = innerDigest(counted, class.Compressed); err != nil {
+			return content{}, err
+		}
+		total = counted.n
+	} else {
+		b.hasher.Write(first)
+		rest, err := io.CopyBuffer(b.hasher, onlyReader{r}, b.buf)
+		if err != nil {
+			return content{}, err
+		}
+		total += rest
+	}
+	if total != m.Size {
+		return content{}, fmt.Errorf("%d bytes read, %d expected; it changed: %w", total, m.Size, errs.Conflict)
+	}
+	c.digest, c.verity = b.hasher.Sums()
+	return c, nil
+}
+
+// onlyReader hides WriteTo, which would ignore the buffer.
+type onlyReader struct{ io.Reader }
+
+// innerDigest returns the SHA-256 of what is inside, and reads to the end.
+func innerDigest(r io.Reader, want string) (integrity.Digest, error) {
+	first := make([]byte, 6)
+	n, err := io.ReadFull(r, first)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return integrity.Digest{}, err
+	}
+	if got := format(first[:n]); got != want {
+		return integrity.Digest{}, fmt.Errorf("named .%s but holds %q: %w", want, got, errs.Invalid)
+	}
+	whole := io.MultiReader(bytes.NewReader(first[:n]), r)
+	d, err := decompress(whole)
+	if err != nil {
+		return integrity.Digest{}, err
+	}
+	h := NewHasher()
+	_, err = io.Copy(h, d)
+	err = errors.Join(err, d.Close())
+	if err != nil {
+		return integrity.Digest{}, fmt.Errorf("decompress: %w: %w", err, errs.Invalid)
+	}
+	if _, err := io.Copy(io.Discard, whole); err != nil {
+		return integrity.Digest{}, err
+	}
+	inner, _ := h.Sums()
+	return inner, nil
+}
+
+// add records a name for content.
+func (b *builder) add(m Member, c content) {
+	class := classOf(m.Path, m.Mode, c.looks)
+	if class.Kinds != 0 {
+		b.out.Code++
+		for _, k := range integrity.Kinds() {
+			if class.Kinds.Has(k) {
+				b.out.Kinds[k]++
+			}
+		}
+	} else {
+		if !b.options.AllFiles {
+			return
+		}
+		class.Kinds, class.Flags = integrity.SetOf(integrity.KindScript), class.Flags|FlagData
+	}
+	if m.Origin == "control" && isMaintainerScript(m.Path) {
+		class.Flags |= FlagInstall
+	}
+	name := Name{Path: m.Path, Mode: m.Mode, Origin: m.Origin}
+	b.records = append(b.records, Record{Digest: c.digest, Verity: c.verity, Kinds: class.Kinds, Flags: class.Flags})
+	b.names[c.digest] = append(b.names[c.digest], name)
+	if !c.inner.IsZero() {
+		b.records = append(b.records, Record{Digest: c.inner, Kinds: class.Kinds, Flags: class.Flags | FlagInner})
+		b.names[c.inner] = append(b.names[c.inner], name)
+	}
+}
+
+func (b *builder) finish() error {
+	var err error
+	if b.out.Catalogue, err = EncodeCatalogue(b.records); err != nil {
+		return err
+	}
+	c, err := ParseCatalogue(b.out.Catalogue)
+	if err != nil {
+		return err
+	}
+	b.out.Records = c.Len()
+	t := &NameTable{Catalogue: c.Digest(), Others: b.others}
+	for _, r := range c.All() {
+		ns := b.names[r.Digest]
+		sort.Slice(ns, func(i, j int) bool { return ns[i].Path < ns[j].Path })
+		t.Names = append(t.Names, ns)
+	}
+	sort.Slice(t.Others, func(i, j int) bool { return t.Others[i].Path < t.Others[j].Path })
+	b.out.Names, err = t.Encode()
+	return err
+}

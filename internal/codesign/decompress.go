@@ -1,0 +1,100 @@
+package codesign
+
+import (
+	"bufio"
+	"compress/bzip2"
+	"compress/gzip"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+
+	"ringwall/internal/errs"
+)
+
+// format names a compression by its magic.
+func format(head []byte) string {
+	has := func(m string) bool { return len(head) >= len(m) && string(head[:len(m)]) == m }
+	switch {
+	case has("\x1f\x8b"):
+		return "gz"
+	case has("\xfd7zXZ\x00"):
+		return "xz"
+	case has("\x28\xb5\x2f\xfd"):
+		return "zst"
+	case has("BZh"):
+		return "bz2"
+	}
+	return ""
+}
+
+// decompress returns the content of r, whatever of the known formats it is in,
+// bounded in ratio and size.
+func decompress(r io.Reader) (io.ReadCloser, error) {
+	in := &countReader{r: r}
+	b := bufio.NewReaderSize(in, 64<<10)
+	head, err := b.Peek(6)
+	if err != nil && err != io.EOF {
+		return nil, fmt.Errorf("read: %w", err)
+	}
+	l := &ratioReader{in: in}
+	switch format(head) {
+	case "gz":
+		l.r, err = gzip.NewReader(b)
+	case "xz":
+		// The library takes the dictionary size from the file; pages of it
+		// are only touched as far as output is produced, which is bounded.
+		l.r, err = xz.NewReader(b)
+	case "zst":
+		var d *zstd.Decoder
+		d, err = zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(128<<20))
+		if err == nil {
+			l.r, l.close = d, d.Close
+		}
+	case "bz2":
+		l.r = bzip2.NewReader(b)
+	default:
+		l.r, l.plain = b, true
+	}
+	if err != nil {
+		return nil, fmt.Errorf("decompress: %w: %w", err, errs.Invalid)
+	}
+	return l, nil
+}
+
+type countReader struct {
+	r io.Reader
+	n int64
+}
+
+func (c *countReader) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// ratioReader fails when too much comes out for what went in.
+type ratioReader struct {
+	r     io.Reader
+	in    *countReader
+	out   int64
+	plain bool
+	close func()
+}
+
+func (l *ratioReader) Read(p []byte) (int, error) {
+	n, err := l.r.Read(p)
+	l.out += int64(n)
+	if l.out > maxTotal || (!l.plain && l.out > ratioFree+maxRatio*l.in.n) {
+		return 0, fmt.Errorf("decompresses to more than %d times its size: %w", maxRatio, errs.Invalid)
+	}
+	return n, err
+}
+
+func (l *ratioReader) Close() error {
+	if l.close != nil {
+		l.close()
+	}
+	return nil
+}
