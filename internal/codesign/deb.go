@@ -52,7 +52,7 @@ func (d *Deb) walk(visit func(Member, io.Reader) error) error {
 	for i, want := range []string{"debian-binary", "control.tar", "data.tar"} {
 		name, err := a.next()
 		if err != nil {
-			return err
+			return fmt.Errorf("where %s belongs: %w: %w", want, err, errs.Invalid)
 		}
 		stem, ext := name, ""
 		if i > 0 {

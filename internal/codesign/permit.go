@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"time"
+	"unicode"
 
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
@@ -100,6 +101,16 @@ func VerifyPermit(bundle []byte, roots pki.TrustRoots, host string, now time.Tim
 	return p, nil
 }
 
+// readable is printable for text in any language.
+func readable(s string, most int) bool {
+	for _, r := range s {
+		if !unicode.IsPrint(r) {
+			return false
+		}
+	}
+	return s != "" && len(s) <= most
+}
+
 func readPermit(payload []byte) (*Permit, error) {
 	var w wirePermit
 	if err := pki.UnmarshalStrict(payload, &w, 4<<10); err != nil {
@@ -124,7 +135,7 @@ func readPermit(payload []byte) (*Permit, error) {
 		return bad(fmt.Sprintf("lasts %v (want up to %v)", to.Sub(from), MaxPermit))
 	case w.Mode != integrity.ModeAudit.String():
 		return bad(fmt.Sprintf("mode %.20q (only audit can be permitted)", w.Mode))
-	case !printable(w.Reason, 1, 500):
+	case !readable(w.Reason, 1000):
 		return bad("reason is empty, too long or not printable")
 	case err != nil || len(nonce) != 16:
 		return bad("nonce is not 32 hex digits")

@@ -37,6 +37,7 @@ const (
 	maxRatio     = 250
 	ratioFree    = 256 << 20 // bytes that may come out before the ratio counts
 	maxLinkBytes = 4096
+	endMarker    = 1024 // two blocks of zeros end a tar archive
 )
 
 // DirSource yields a directory tree. Symbolic links are recorded, not followed.
@@ -100,11 +101,20 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 		return err
 	}
 	defer d.Close()
-	tr := tar.NewReader(d)
+	pos := &countReader{r: d}
+	tr := tar.NewReader(pos)
 	seen := make(map[string]bool)
 	for {
+		// Drained here, so that what Next reads is padding and header only.
+		if _, err := io.Copy(io.Discard, tr); err != nil {
+			return fmt.Errorf("%w: %w", err, errs.Invalid)
+		}
+		before := pos.n
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
+			if pos.n-before < endMarker { // archive/tar takes a cut for the end
+				return fmt.Errorf("no end marker, the archive is cut: %w", errs.Invalid)
+			}
 			return onlyZeros(d)
 		}
 		if err != nil {
