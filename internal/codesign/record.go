@@ -117,6 +117,9 @@ func SignRelease(s *pki.Signer, info ReleaseInfo, catalogue, names []byte) ([]by
 }
 
 func signRelease(s *pki.Signer, info ReleaseInfo, catalogue, names []byte) ([]byte, error) {
+	if s.Purpose != pki.PurposeBuild {
+		return nil, fmt.Errorf("with a %v certificate: %w", s.Purpose, errs.Invalid)
+	}
 	c, err := ParseCatalogue(catalogue)
 	if err != nil {
 		return nil, err

@@ -3,8 +3,11 @@ package archive_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,6 +16,7 @@ import (
 	"github.com/ProtonMail/go-crypto/openpgp/clearsign"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
 
+	"ringwall/internal/codesign"
 	"ringwall/internal/codesign/archive"
 	"ringwall/internal/errs"
 )
@@ -176,4 +180,47 @@ func FuzzVerifyInRelease(f *testing.F) {
 			t.Errorf("error of no kind: %v", err)
 		}
 	})
+}
+
+// The whole chain on this machine: signature, index, every package in it.
+func TestChain_thisMachine(t *testing.T) {
+	helper := "/usr/lib/apt/apt-helper" // reads apt's compressed lists
+	ring, err := os.ReadFile("/usr/share/keyrings/debian-archive-keyring.gpg")
+	lists, globErr := filepath.Glob("/var/lib/apt/lists/*_InRelease")
+	_, statErr := os.Stat(helper)
+	if err := errors.Join(err, globErr, statErr); err != nil || len(lists) == 0 {
+		t.Skipf("SKIPPED: no apt lists, keyring or apt-helper (%v); the chain is not tested on real files", err)
+	}
+	packages := 0
+	for _, in := range lists {
+		data, err := os.ReadFile(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := archive.VerifyInRelease(data, ring, time.Now())
+		if err != nil {
+			continue
+		}
+		for name, want := range s.Files {
+			list := strings.TrimSuffix(in, "InRelease") + strings.ReplaceAll(name, "/", "_")
+			found, err := filepath.Glob(list + "*")
+			if err != nil || len(found) != 1 || !strings.HasSuffix(name, "/Packages") {
+				continue
+			}
+			text, err := exec.Command(helper, "cat-file", found[0]).Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = codesign.VerifyIndex(bytes.NewReader(text), want, func(r io.Reader) error {
+				return codesign.ParsePackages(r, func(codesign.Package) error { packages++; return nil })
+			})
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	if packages == 0 {
+		t.Skip("SKIPPED: no Packages index here")
+	}
+	t.Logf("%d packages under verified signatures", packages)
 }
