@@ -217,9 +217,12 @@ func (a *Authority) NewSigner(r LeafRequest) (*Signer, error) {
 	return &Signer{Purpose: r.Purpose, Leaf: leaf, Key: key, Stamper: a.TSA}, nil
 }
 
-// SigstoreRoot returns trust roots as a Sigstore trusted_root.json, so that
-// cosign and sigstore-go can verify Ringwall's bundles without Ringwall.
-func SigstoreRoot(r TrustRoots) ([]byte, error) {
+// SigstoreRoot returns what a verifier of one purpose needs as a Sigstore
+// trusted_root.json, so that cosign and sigstore-go can verify Ringwall's
+// bundles without Ringwall. Those know nothing of purposes: never put two of
+// them into one file.
+func (a *Authority) SigstoreRoot(p Purpose) ([]byte, error) {
+	r := a.Roots(p)
 	type cert struct {
 		Raw []byte `json:"rawBytes"`
 	}
@@ -231,13 +234,13 @@ func SigstoreRoot(r TrustRoots) ([]byte, error) {
 	}
 	list := func(anchors []Anchor) []authority {
 		var out []authority
-		for _, a := range anchors {
+		for _, anchor := range anchors {
 			out = append(out, authority{
-				Subject: map[string]string{"commonName": a.Name, "organization": a.Name},
+				Subject: map[string]string{"commonName": anchor.Name, "organization": anchor.Name},
 				URI:     "urn:ringwall:anchor",
-				Chain:   map[string][]cert{"certificates": {{a.Cert.Raw}}},
+				Chain:   map[string][]cert{"certificates": {{anchor.Cert.Raw}, {a.Root.Cert.Raw}}},
 				Valid: map[string]string{
-					"start": a.Cert.NotBefore.UTC().Format(time.RFC3339), "end": a.Cert.NotAfter.UTC().Format(time.RFC3339),
+					"start": anchor.Cert.NotBefore.UTC().Format(time.RFC3339), "end": anchor.Cert.NotAfter.UTC().Format(time.RFC3339),
 				},
 			})
 		}
