@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"compress/bzip2"
 	"compress/gzip"
+	"errors"
 	"fmt"
 	"io"
 
@@ -31,7 +32,7 @@ func format(head []byte) string {
 
 // decompress returns the content of r, whatever of the known formats it is in,
 // bounded in ratio and size.
-func decompress(r io.Reader) (io.ReadCloser, error) {
+func decompress(r io.Reader) (*ratioReader, error) {
 	in := &countReader{r: r}
 	b := bufio.NewReaderSize(in, 64<<10)
 	head, err := b.Peek(6)
@@ -64,13 +65,17 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 }
 
 type countReader struct {
-	r io.Reader
-	n int64
+	r   io.Reader
+	n   int64
+	err error // other than io.EOF
 }
 
 func (c *countReader) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.n += int64(n)
+	if err != nil && !errors.Is(err, io.EOF) {
+		c.err = err
+	}
 	return n, err
 }
 
@@ -89,7 +94,29 @@ func (l *ratioReader) Read(p []byte) (int, error) {
 	if l.out > maxTotal || (!l.plain && l.out > ratioFree+maxRatio*l.in.n) {
 		return 0, fmt.Errorf("decompresses to more than %d times its size: %w", maxRatio, errs.Invalid)
 	}
-	return n, err
+	return n, l.blame(err)
+}
+
+// blame tells a failure to read from input that is malformed.
+func (l *ratioReader) blame(err error) error {
+	switch {
+	case err == nil || err == io.EOF || errors.Is(err, errs.Invalid):
+		return err
+	case l.in.err != nil:
+		return l.in.err
+	}
+	return fmt.Errorf("%w: %w", err, errs.Invalid)
+}
+
+// memberReader reads one member of a tar archive.
+type memberReader struct {
+	r     io.Reader
+	blame func(error) error
+}
+
+func (m memberReader) Read(p []byte) (int, error) {
+	n, err := m.r.Read(p)
+	return n, m.blame(err)
 }
 
 func (l *ratioReader) Close() error {

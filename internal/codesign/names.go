@@ -79,7 +79,7 @@ func (t *NameTable) Encode() ([]byte, error) {
 	for _, o := range origins {
 		str(o)
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(maxNameWindow))
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
 	if err != nil {
 		return nil, fmt.Errorf("name table: %w", err)
 	}

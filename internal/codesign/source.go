@@ -35,7 +35,7 @@ const (
 	maxMembers   = 4 << 20
 	maxTotal     = 256 << 30
 	maxRatio     = 250
-	ratioFree    = 256 << 20 // bytes that may come out before the ratio counts
+	ratioFree    = 64 << 20 // bytes that may come out before the ratio counts
 	maxLinkBytes = 4096
 	endMarker    = 1024 // two blocks of zeros end a tar archive
 )
@@ -107,7 +107,7 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 	for {
 		// Drained here, so that what Next reads is padding and header only.
 		if _, err := io.Copy(io.Discard, tr); err != nil {
-			return fmt.Errorf("%w: %w", err, errs.Invalid)
+			return d.blame(err)
 		}
 		before := pos.n
 		h, err := tr.Next()
@@ -118,7 +118,7 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 			return onlyZeros(d)
 		}
 		if err != nil {
-			return fmt.Errorf("%w: %w", err, errs.Invalid)
+			return d.blame(err)
 		}
 		if s.members++; s.members > maxMembers {
 			return fmt.Errorf("more than %d members: %w", maxMembers, errs.Invalid)
@@ -136,7 +136,7 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 		seen[m.Path] = true
 		var content io.Reader
 		if m.Mode.IsRegular() && !m.Hard {
-			content = tr
+			content = memberReader{tr, d.blame}
 		}
 		if err := visit(m, content); err != nil {
 			return err
@@ -196,7 +196,7 @@ func onlyZeros(r io.Reader) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("%w: %w", err, errs.Invalid)
+			return err
 		}
 	}
 }
