@@ -77,7 +77,7 @@ func playRole(role string) int {
 		}
 		return 0
 	case "read": // open a file the way an interpreter does
-		f, err := os.Open(args[0])
+		f, err := os.Open(args[len(args)-1])
 		if err == nil {
 			f.Close()
 		}
@@ -290,6 +290,9 @@ func TestInterpreter(t *testing.T) {
 			err := l.role("read", args...)
 			if (err == nil) != want {
 				t.Errorf("works: %v (%v), want %v", err == nil, err, want)
+				if err != nil {
+					t.Logf("%+v", <-l.events)
+				}
 			}
 		})
 	}
@@ -300,7 +303,7 @@ func TestInterpreter(t *testing.T) {
 	check("inline code", false, "-c", "code")
 	check("inline code in a cluster", false, "-Ic", "code")
 	check("inline code, long", false, "--eval=code")
-	check("option with an argument, then the script", true, "-Wc", listed)
+	check("option with an argument, then the script", true, "-W", "c", listed)
 	c := l.command("/proc/self/exe")
 	c.Env = append(os.Environ(), "ENFORCE_TEST_ROLE=read")
 	r, w := io.Pipe()

@@ -1,0 +1,19 @@
+// Developer tools, pinned apart so that the product's go.sum stays short.
+// Call them as: go tool -modfile=tools/go.mod NAME
+module ringwall/tools
+
+go 1.26.0
+
+tool (
+	github.com/cilium/ebpf/cmd/bpf2go
+	golang.org/x/tools/cmd/deadcode
+)
+
+require (
+	github.com/cilium/ebpf v0.22.0 // indirect
+	golang.org/x/mod v0.42.0 // indirect
+	golang.org/x/sync v0.24.0 // indirect
+	golang.org/x/sys v0.49.0 // indirect
+	golang.org/x/telemetry v0.0.0-20261009151841-97e8ea77aa2a // indirect
+	golang.org/x/tools v0.52.0 // indirect
+)
