@@ -7,6 +7,8 @@ go 1.26.0
 tool (
 	github.com/cilium/ebpf/cmd/bpf2go
 	golang.org/x/tools/cmd/deadcode
+	golang.org/x/vuln/cmd/govulncheck
+	mvdan.cc/gofumpt
 )
 
 require (
@@ -16,4 +18,6 @@ require (
 	golang.org/x/sys v0.49.0 // indirect
 	golang.org/x/telemetry v0.0.0-20261009151841-97e8ea77aa2a // indirect
 	golang.org/x/tools v0.52.0 // indirect
+	golang.org/x/vuln v1.8.0 // indirect
+	mvdan.cc/gofumpt v0.12.0 // indirect
 )

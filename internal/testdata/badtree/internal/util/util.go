@@ -1,0 +1,2 @@
+// Package util is a junk drawer.
+package util

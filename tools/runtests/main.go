@@ -1,0 +1,284 @@
+// Command runtests runs "go test -json" and shows what a person needs: a line
+// per package, failures in full, skipped tests with their reason, and a sum.
+//
+//	runtests [-fuzz 5s -budget 5m] ARGUMENTS OF go test
+//
+// With -fuzz it runs every fuzz target of the packages for that long, less if
+// all of them together would exceed the budget.
+//
+// A test that has subtests is not counted itself; its subtests are. If the
+// environment names a file in CHECK_TALLY, "passed failed skipped" is appended
+// to it. The exit code is 0 if nothing failed and at least one test ran.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+)
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(args []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("runtests", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	fuzz := flags.Duration("fuzz", 0, "run fuzz targets, each for this `long`")
+	budget := flags.Duration("budget", 5*time.Minute, "at most this `long` for all fuzz targets")
+	if err := flags.Parse(args); err != nil {
+		return 2
+	}
+	start := time.Now()
+	s := &session{out: stdout, err: stderr}
+	if *fuzz > 0 {
+		s.fuzz(flags.Args(), *fuzz, *budget)
+	} else {
+		s.test(flags.Args()...)
+	}
+	s.showSkipped()
+	fmt.Fprintf(stdout, "%d passed, %d failed, %d skipped in %s\n", s.passed, s.failed, len(s.skipped), time.Since(start).Round(100*time.Millisecond))
+	if err := s.tally(os.Getenv("CHECK_TALLY")); err != nil {
+		fmt.Fprintln(stderr, "runtests:", err)
+		return 1
+	}
+	if s.failed > 0 {
+		return 1
+	}
+	if s.passed+len(s.skipped) == 0 {
+		fmt.Fprintln(stderr, "runtests: no test ran")
+		return 1
+	}
+	return 0
+}
+
+// session adds up the results of one or more runs of go test.
+type session struct {
+	out, err       io.Writer
+	passed, failed int
+	skipped        []skip
+}
+
+type skip struct{ pkg, test, reason string }
+
+// event is a line of "go test -json" (go doc test2json, go help buildjson).
+type event struct {
+	Action      string
+	Package     string
+	ImportPath  string
+	Test        string
+	Elapsed     float64
+	Output      string
+	FailedBuild string
+}
+
+// test runs go test once. A run that fails without a failed test (it did not
+// build, it could not start) counts as one failure.
+func (s *session) test(args ...string) {
+	before := s.failed
+	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
+	cmd.Stderr = s.err
+	pipe, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err == nil {
+		err = errors.Join(s.read(pipe), cmd.Wait())
+	}
+	if err != nil && s.failed == before {
+		s.failed++
+		fmt.Fprintf(s.err, "FAIL go test %s: %v\n", strings.Join(args, " "), err)
+	}
+}
+
+// pkg is what is known of a package while its tests run.
+type pkg struct {
+	output                  map[string][]string // by test; "" is the package's own
+	tests                   []string            // finished, in order
+	result                  map[string]string   // by test: pass, fail, skip
+	passed, failed, skipped int
+}
+
+func (s *session) read(r io.Reader) error {
+	pkgs := map[string]*pkg{}
+	builds := map[string][]string{}
+	lines := bufio.NewReader(r)
+	for {
+		line, err := lines.ReadBytes('\n')
+		if len(line) > 0 {
+			var e event
+			if json.Unmarshal(line, &e) != nil {
+				fmt.Fprintf(s.err, "%s", line) // not ours to hide
+			} else {
+				s.handle(pkgs, builds, &e)
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (s *session) handle(pkgs map[string]*pkg, builds map[string][]string, e *event) {
+	if e.ImportPath != "" { // build-output, build-fail
+		builds[e.ImportPath] = append(builds[e.ImportPath], e.Output)
+		return
+	}
+	p := pkgs[e.Package]
+	if p == nil {
+		p = &pkg{output: map[string][]string{}, result: map[string]string{}}
+		pkgs[e.Package] = p
+	}
+	switch e.Action {
+	case "output":
+		p.output[e.Test] = append(p.output[e.Test], e.Output)
+	case "pass", "fail", "skip":
+		if e.Test != "" {
+			p.tests = append(p.tests, e.Test)
+			p.result[e.Test] = e.Action
+			return
+		}
+		s.finish(p, e, builds[e.FailedBuild])
+		delete(pkgs, e.Package)
+	}
+}
+
+// finish prints a package's line and, if there were any, its failures.
+func (s *session) finish(p *pkg, e *event, build []string) {
+	for _, t := range p.tests {
+		switch result := p.result[t]; {
+		case result != "fail" && p.hasSubtests(t):
+			// its subtests count
+		case result == "pass":
+			p.passed++
+			p.warn(s.out, t)
+		case result == "skip":
+			p.skipped++
+			s.skipped = append(s.skipped, skip{e.Package, t, p.reason(t)})
+		case !p.hasFailedSubtest(t):
+			p.failed++
+			fmt.Fprintf(s.out, "---- FAIL %s %s\n%s", e.Package, t, strings.Join(p.output[t], ""))
+		}
+	}
+	if e.Action == "fail" && p.failed == 0 {
+		p.failed++
+		// no test says why: a failed build, a panic, a time-out
+		fmt.Fprintf(s.out, "---- FAIL %s\n%s%s", e.Package, strings.Join(build, ""), strings.Join(p.output[""], ""))
+		for t, lines := range p.output {
+			if t != "" && p.result[t] == "" {
+				fmt.Fprintf(s.out, "---- unfinished: %s\n%s", t, strings.Join(lines, ""))
+			}
+		}
+	}
+	s.passed += p.passed
+	s.failed += p.failed
+	if len(p.tests) > 0 || e.Action == "fail" {
+		word := map[bool]string{true: "FAIL", false: "ok  "}[e.Action == "fail"]
+		fmt.Fprintf(s.out, "%s %-40s %6.1fs  %d passed, %d failed, %d skipped\n", word, e.Package, e.Elapsed, p.passed, p.failed, p.skipped)
+	}
+}
+
+func (p *pkg) hasSubtests(test string) bool {
+	return slices.ContainsFunc(p.tests, func(t string) bool { return strings.HasPrefix(t, test+"/") })
+}
+
+func (p *pkg) hasFailedSubtest(test string) bool {
+	return slices.ContainsFunc(p.tests, func(t string) bool { return strings.HasPrefix(t, test+"/") && p.result[t] == "fail" })
+}
+
+// warn shows the lines of a passed test that ask to be seen.
+func (p *pkg) warn(w io.Writer, test string) {
+	for _, line := range p.output[test] {
+		if strings.Contains(line, "WARNING:") {
+			fmt.Fprint(w, line)
+		}
+	}
+}
+
+// reason is what the test said when it skipped.
+func (p *pkg) reason(test string) string {
+	var said []string
+	for _, line := range p.output[test] {
+		line = strings.TrimSpace(line)
+		if line != "" && !strings.HasPrefix(line, "=== ") && !strings.HasPrefix(line, "--- ") {
+			said = append(said, line)
+		}
+	}
+	if len(said) == 0 {
+		return "no reason given"
+	}
+	why := strings.Join(said, " ")
+	// "file_test.go:12: " differs between tests that skip for one reason
+	if at, rest, ok := strings.Cut(why, ": "); ok && strings.Contains(at, ".go:") {
+		why = rest
+	}
+	return why
+}
+
+// showSkipped prints each reason once, with the tests that it kept from running.
+func (s *session) showSkipped() {
+	for i, k := range s.skipped {
+		same := func(o skip) bool { return o.pkg == k.pkg && o.reason == k.reason }
+		if slices.ContainsFunc(s.skipped[:i], same) {
+			continue
+		}
+		var names []string
+		for _, o := range s.skipped[i:] {
+			if same(o) {
+				names = append(names, o.test)
+			}
+		}
+		fmt.Fprintf(s.out, "SKIPPED %d of %s: %s\n        %s\n", len(names), k.pkg, k.reason, strings.Join(names, " "))
+	}
+}
+
+// fuzz runs every fuzz target of the packages.
+func (s *session) fuzz(pkgs []string, each, budget time.Duration) {
+	type target struct{ pkg, name string }
+	var targets []target
+	for _, p := range pkgs {
+		list, err := exec.Command("go", "test", "-list", "^Fuzz", p).CombinedOutput()
+		if err != nil {
+			s.failed++
+			fmt.Fprintf(s.out, "---- FAIL %s: cannot list fuzz targets: %v\n%s", p, err, list)
+			continue
+		}
+		for name := range strings.FieldsSeq(string(list)) {
+			if strings.HasPrefix(name, "Fuzz") {
+				targets = append(targets, target{p, name})
+			}
+		}
+	}
+	if len(targets) == 0 {
+		return
+	}
+	each = max(time.Second, min(each, budget/time.Duration(len(targets))))
+	fmt.Fprintf(s.out, "%d fuzz targets, %s each\n", len(targets), each.Round(time.Second/10))
+	for _, t := range targets {
+		fmt.Fprintf(s.out, "%s: ", t.name)
+		s.test("-run", "^$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(), t.pkg)
+	}
+}
+
+func (s *session) tally(file string) error {
+	if file == "" {
+		return nil
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(f, "%d %d %d\n", s.passed, s.failed, len(s.skipped))
+	return errors.Join(err, f.Close())
+}
