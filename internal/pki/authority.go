@@ -115,21 +115,32 @@ func writeNew(path string, data []byte, mode fs.FileMode) error {
 // LoadAuthority reads what CreateAuthority wrote, checks every certificate
 // against its profile and the root, and every key against its certificate.
 func LoadAuthority(dir string, passphrase []byte, now func() time.Time) (*Authority, error) {
-	a, err := loadAuthority(dir, passphrase, now)
+	a, err := loadAuthority(dir, func(stem string, i *Issuer) error { return loadKey(dir, stem, passphrase, i) })
 	if err != nil {
 		return nil, fmt.Errorf("load authority from %s: %w", dir, err)
+	}
+	a.TSA.Now = now
+	return a, nil
+}
+
+// LoadCertificates is LoadAuthority without the keys, for whoever only wants to
+// know whom to trust: it needs no passphrase and can sign nothing.
+func LoadCertificates(dir string) (*Authority, error) {
+	a, err := loadAuthority(dir, func(string, *Issuer) error { return nil })
+	if err != nil {
+		return nil, fmt.Errorf("load certificates from %s: %w", dir, err)
 	}
 	return a, nil
 }
 
-func loadAuthority(dir string, passphrase []byte, now func() time.Time) (*Authority, error) {
+func loadAuthority(dir string, addKey func(stem string, i *Issuer) error) (*Authority, error) {
 	a := &Authority{Issuers: make(map[Purpose]*Issuer)}
 	var err error
-	if a.Root, err = loadIssuer(dir, "root", passphrase); err != nil {
+	if a.Root, err = loadIssuer(dir, "root", addKey); err != nil {
 		return nil, err
 	}
 	for _, p := range Purposes() {
-		i, err := loadIssuer(dir, caStem(p), passphrase)
+		i, err := loadIssuer(dir, caStem(p), addKey)
 		if err != nil {
 			return nil, err
 		}
@@ -138,18 +149,18 @@ func loadAuthority(dir string, passphrase []byte, now func() time.Time) (*Author
 		}
 		a.Issuers[p] = i
 	}
-	t, err := loadIssuer(dir, "tsa", passphrase)
+	t, err := loadIssuer(dir, "tsa", addKey)
 	if err != nil {
 		return nil, err
 	}
 	if err := errors.Join(checkTSA(t.Cert), issuedBy(t.Cert, a.Root.Cert, t.Cert.NotBefore)); err != nil {
 		return nil, err
 	}
-	a.TSA = &TSA{Cert: t.Cert, Key: t.Key, Now: now}
+	a.TSA = &TSA{Cert: t.Cert, Key: t.Key}
 	return a, nil
 }
 
-func loadIssuer(dir, stem string, passphrase []byte) (*Issuer, error) {
+func loadIssuer(dir, stem string, addKey func(stem string, i *Issuer) error) (*Issuer, error) {
 	data, err := os.ReadFile(filepath.Join(dir, stem+".crt"))
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -161,29 +172,35 @@ func loadIssuer(dir, stem string, passphrase []byte) (*Issuer, error) {
 	if i.Cert, err = DecodeCertificate(data); err != nil {
 		return nil, fmt.Errorf("%s.crt: %w", stem, err)
 	}
+	return i, addKey(stem, i)
+}
+
+// loadKey adds the key to an issuer, if it is there.
+func loadKey(dir, stem string, passphrase []byte, i *Issuer) error {
 	path := filepath.Join(dir, stem+".key")
 	st, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return i, nil
+		return nil
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s.key: mode %04o lets others read it (want 0600): %w", stem, st.Mode().Perm(), errs.Denied)
+		return fmt.Errorf("%s.key: mode %04o lets others read it (want 0600): %w", stem, st.Mode().Perm(), errs.Denied)
 	}
-	if data, err = os.ReadFile(path); err != nil {
-		return nil, err
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
 	}
 	key, err := DecodeKey(data, passphrase)
 	if err != nil {
-		return nil, fmt.Errorf("%s.key: %w", stem, err)
+		return fmt.Errorf("%s.key: %w", stem, err)
 	}
 	if !key.PublicKey.Equal(i.Cert.PublicKey) {
-		return nil, fmt.Errorf("%s.key does not belong to %s.crt: %w", stem, stem, errs.Invalid)
+		return fmt.Errorf("%s.key does not belong to %s.crt: %w", stem, stem, errs.Invalid)
 	}
 	i.Key = key
-	return i, nil
+	return nil
 }
 
 // Roots returns what a verifier of one purpose needs to trust this authority:

@@ -197,3 +197,28 @@ func TestAuthority_openssl(t *testing.T) {
 		t.Errorf("openssl accepts the token for other data: %s", out)
 	}
 }
+
+func TestLoadCertificates_withoutPassphrase(t *testing.T) {
+	dir := t.TempDir()
+	now := func() time.Time { return time.Date(2031, 5, 1, 12, 0, 0, 0, time.UTC) }
+	made, err := pki.CreateAuthority(dir, pki.AuthorityOptions{Name: "Test", Passphrase: []byte("secret"), Now: now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := pki.LoadCertificates(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !a.Issuers[pki.PurposeBuild].Cert.Equal(made.Issuers[pki.PurposeBuild].Cert) || a.TSA.Key != nil || a.Root.Key != nil {
+		t.Errorf("certificates differ, or a key came along: %+v", a)
+	}
+	if _, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeBuild, Identity: "spiffe://x.test/a", Now: now()}); !errors.Is(err, errs.NotFound) {
+		t.Errorf("NewSigner without keys: %v, want not found", err)
+	}
+	if err := os.Remove(filepath.Join(dir, "permit-ca.crt")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.LoadCertificates(dir); !errors.Is(err, errs.NotFound) {
+		t.Errorf("a certificate is missing: %v, want not found", err)
+	}
+}
