@@ -95,8 +95,11 @@ var outside = map[string][]string{
 	"codesign":         {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
 	"codesign/archive": {"github.com/ProtonMail/go-crypto"},
 	"enforce":          {"github.com/cilium/ebpf", "golang.org/x/sys"},
-	"host":             {"golang.org/x/sys", "github.com/google/go-tpm"},
-	"agent":            {"golang.org/x/sys"},
+	"host": {
+		"golang.org/x/sys", "github.com/google/go-tpm",
+		"github.com/klauspost/compress", "github.com/ulikunitz/xz", // apt keeps its lists compressed
+	},
+	"agent": {"golang.org/x/sys"},
 }
 
 // junk are names that say nothing about what a package is for.
