@@ -119,7 +119,7 @@ func (b *builder) measure(m Member, r io.Reader) (content, error) {
 		}
 		total = counted.n
 	} else {
-		b.hasher.Write(first)
+		_, _ = b.hasher.Write(first) // never fails
 		rest, err := io.CopyBuffer(b.hasher, onlyReader{r}, b.buf)
 		if err != nil {
 			return content{}, err

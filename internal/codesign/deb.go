@@ -206,7 +206,7 @@ func (a *arReader) next() (string, error) {
 	if err != nil || string(h[58:]) != "`\n" {
 		return "", fmt.Errorf("bad ar header: %w", errs.Invalid)
 	}
-	a.left, a.pad = int64(size), int64(size%2) //nolint:gosec // 40 bits
+	a.left, a.pad = int64(size), int64(size%2)
 	return strings.TrimSuffix(strings.TrimRight(string(h[:16]), " "), "/"), nil
 }
 

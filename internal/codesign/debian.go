@@ -120,7 +120,7 @@ func parseSize(s string) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("size %.40q: %w", s, errs.Invalid)
 	}
-	return int64(n), nil //nolint:gosec // 62 bits
+	return int64(n), nil
 }
 
 // Package is one entry of a Packages index.

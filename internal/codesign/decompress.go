@@ -36,7 +36,7 @@ func decompress(r io.Reader) (*ratioReader, error) {
 	in := &countReader{r: r}
 	b := bufio.NewReaderSize(in, 64<<10)
 	head, err := b.Peek(6)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("read: %w", err)
 	}
 	l := &ratioReader{in: in}
@@ -100,7 +100,7 @@ func (l *ratioReader) Read(p []byte) (int, error) {
 // blame tells a failure to read from input that is malformed.
 func (l *ratioReader) blame(err error) error {
 	switch {
-	case err == nil || err == io.EOF || errors.Is(err, errs.Invalid):
+	case err == nil || errors.Is(err, io.EOF) || errors.Is(err, errs.Invalid):
 		return err
 	case l.in.err != nil:
 		return l.in.err

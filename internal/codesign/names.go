@@ -50,7 +50,7 @@ func (t *NameTable) Encode() ([]byte, error) {
 			i = len(origins)
 			origins = append(origins, s)
 		}
-		return uint64(i) //nolint:gosec // an index
+		return uint64(i)
 	}
 	var body []byte
 	str := func(s string) { body = append(binary.AppendUvarint(body, uint64(len(s))), s...) }

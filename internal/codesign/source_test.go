@@ -389,7 +389,7 @@ func realDebs(t *testing.T) []string {
 		}
 	}
 	dir := t.TempDir()
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // apt downloads as another user
+	if err := os.Chmod(dir, 0o755); err != nil { // apt downloads as another user
 		t.Fatal(err)
 	}
 	c := exec.Command("apt-get", "-q", "download", "hello", "dash", "lua5.4", "nginx-common", "perl-base")

@@ -49,8 +49,7 @@ func fieldNames(t reflect.Type, into map[string]bool) {
 	case reflect.Pointer, reflect.Slice, reflect.Array:
 		fieldNames(t.Elem(), into)
 	case reflect.Struct:
-		for i := range t.NumField() {
-			f := t.Field(i)
+		for f := range t.Fields() {
 			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
 			if name != "" && name != "-" {
 				into[name] = true

@@ -123,6 +123,7 @@ func oidPBKDF2() asn1.ObjectIdentifier { return asn1.ObjectIdentifier{1, 2, 840,
 func oidHMACSHA256() asn1.ObjectIdentifier {
 	return asn1.ObjectIdentifier{1, 2, 840, 113549, 2, 9}
 }
+
 func oidAES256CBC() asn1.ObjectIdentifier {
 	return asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 1, 42}
 }
@@ -149,7 +150,7 @@ func encryptKey(der, passphrase []byte) ([]byte, error) {
 	pad := aes.BlockSize - len(der)%aes.BlockSize
 	plain := append(bytes.Clone(der), bytes.Repeat([]byte{byte(pad)}, pad)...)
 	e.Data = make([]byte, len(plain))
-	cipher.NewCBCEncrypter(block, iv).CryptBlocks(e.Data, plain)
+	cipher.NewCBCEncrypter(block, iv).CryptBlocks(e.Data, plain) //nolint:gosec // the IV is random, above
 	return asn1.Marshal(e)
 }
 
