@@ -1,0 +1,299 @@
+package host
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"ringwall/internal/errs"
+)
+
+// Bounds of what is read and kept about processes.
+const (
+	maxPasswd      = 16 << 20
+	maxUsers       = 100_000
+	maxMountinfo   = 16 << 20
+	maxCgroupCache = 4096
+	maxCgroupPath  = 4096
+)
+
+// Container is the container that a cgroup belongs to. The zero value is none.
+type Container struct {
+	Runtime string `json:"runtime"` // docker, podman, containerd, cri-o, cri, runc, systemd-nspawn, machine, lxc
+	ID      string `json:"id"`      // the runtime's id or name
+}
+
+// Enricher adds to an event what the kernel does not put in it: names that a
+// person can read. Its answers are hints for triage, never input of a verdict:
+// what they come from changes with the system and can be gone when an event is
+// read (fails open: the answer is then empty). It may be used from several
+// goroutines. No call waits for another process.
+type Enricher struct {
+	root   string
+	cgroup *os.File // the mounted cgroup2 hierarchy; nil: there is none
+	prefix string   // its path
+
+	mu     sync.Mutex
+	users  map[uint32]string
+	passwd fs.FileInfo // what users was read from
+	paths  map[uint64]string
+}
+
+// OpenEnricher makes an Enricher of the system below root. A system without
+// cgroup2, or one that hides it, gives one that knows no containers by id.
+func OpenEnricher(root string) (*Enricher, error) {
+	e := &Enricher{root: root, paths: make(map[uint64]string)}
+	f, err := os.Open(filepath.Join(root, "proc/self/mountinfo"))
+	if err != nil {
+		return nil, fmt.Errorf("find the cgroup hierarchy: %w", kindOf(err))
+	}
+	defer f.Close()
+	mounts, err := ParseMountinfo(f)
+	if err != nil {
+		return nil, fmt.Errorf("find the cgroup hierarchy: %w", err)
+	}
+	for _, m := range mounts {
+		if m.Type != "cgroup2" || m.Root != "/" {
+			continue // a mount of a part cannot name what lies outside it
+		}
+		if e.cgroup, err = os.Open(filepath.Join(root, m.Point)); err == nil {
+			e.prefix = e.cgroup.Name()
+			break
+		}
+		e.cgroup = nil
+	}
+	return e, nil
+}
+
+// Close lets go of the hierarchy.
+func (e *Enricher) Close() error {
+	if e.cgroup == nil {
+		return nil
+	}
+	return e.cgroup.Close()
+}
+
+// User is the name of a user id in /etc/passwd, "" if it has none there. Users
+// of a directory service are not looked up: that would wait for the network.
+func (e *Enricher) User(uid uint32) string {
+	name := filepath.Join(e.root, "etc/passwd")
+	fi, err := os.Stat(name)
+	if err != nil {
+		return ""
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.passwd == nil || !os.SameFile(fi, e.passwd) || !fi.ModTime().Equal(e.passwd.ModTime()) || fi.Size() != e.passwd.Size() {
+		e.passwd, e.users = fi, nil
+		if b, err := readBounded(name, maxPasswd); err == nil {
+			e.users = ParsePasswd(b)
+		}
+	}
+	return e.users[uid]
+}
+
+// CgroupPath is the path of a cgroup, from the root of the hierarchy, by the id
+// that the kernel gives events (the inode number of its directory). A cgroup
+// that is gone and was never asked for is errs.NotFound.
+func (e *Enricher) CgroupPath(id uint64) (string, error) {
+	e.mu.Lock()
+	p, ok := e.paths[id]
+	e.mu.Unlock()
+	if ok {
+		return p, nil
+	}
+	p, err := e.lookupCgroup(id)
+	if err != nil {
+		return "", fmt.Errorf("path of cgroup %d: %w", id, err)
+	}
+	// Ids are not used again and cgroups are not renamed: an entry never
+	// goes stale.
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.paths) >= maxCgroupCache {
+		clear(e.paths)
+	}
+	e.paths[id] = p
+	return p, nil
+}
+
+// lookupCgroup opens a directory of kernfs by its id; FILEID_KERNFS is in
+// linux/exportfs.h.
+func (e *Enricher) lookupCgroup(id uint64) (string, error) {
+	if e.cgroup == nil {
+		return "", fmt.Errorf("no cgroup2 hierarchy: %w", errs.Unsupported)
+	}
+	const kernfs = 0xfe
+	h := unix.NewFileHandle(kernfs, binary.NativeEndian.AppendUint64(nil, id))
+	fd, err := unix.OpenByHandleAt(int(e.cgroup.Fd()), h, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.ESTALE):
+		return "", fmt.Errorf("%w: %w", err, errs.NotFound)
+	case err != nil:
+		return "", kindOf(err)
+	}
+	defer unix.Close(fd)
+	p, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	if err != nil {
+		return "", kindOf(err)
+	}
+	if p == e.prefix {
+		return "/", nil
+	}
+	rest, ok := strings.CutPrefix(p, e.prefix)
+	if !ok || !strings.HasPrefix(rest, "/") || strings.HasSuffix(rest, " (deleted)") || len(rest) > maxCgroupPath {
+		return "", fmt.Errorf("%.200q: %w", p, errs.NotFound)
+	}
+	return rest, nil
+}
+
+// Container is the container of a cgroup id; none if that cannot be told.
+func (e *Enricher) Container(id uint64) Container {
+	p, err := e.CgroupPath(id)
+	if err != nil {
+		return Container{}
+	}
+	return ParseContainer(p)
+}
+
+// Exe is the program that a process runs, as it is named now, with
+// " (deleted)" after it if it has no name any more.
+func (e *Enricher) Exe(pid uint32) (string, error) {
+	p, err := os.Readlink(filepath.Join(e.root, "proc", strconv.FormatUint(uint64(pid), 10), "exe"))
+	if errors.Is(err, unix.ESRCH) {
+		err = fmt.Errorf("%w: %w", err, errs.NotFound)
+	}
+	if err != nil {
+		return "", fmt.Errorf("program of process %d: %w", pid, kindOf(err))
+	}
+	return p, nil
+}
+
+// ProcessCgroup is the path of a process's cgroup in the cgroup2 hierarchy.
+func (e *Enricher) ProcessCgroup(pid uint32) (string, error) {
+	b, err := readBounded(filepath.Join(e.root, "proc", strconv.FormatUint(uint64(pid), 10), "cgroup"), maxSmallFile)
+	if errors.Is(err, unix.ESRCH) {
+		err = fmt.Errorf("%w: %w", err, errs.NotFound)
+	}
+	if err != nil {
+		return "", fmt.Errorf("cgroup of process %d: %w", pid, err)
+	}
+	p, err := ParseCgroup(b)
+	if err != nil {
+		return "", fmt.Errorf("cgroup of process %d: %w", pid, err)
+	}
+	return p, nil
+}
+
+// ParsePasswd gives the names of user ids in the format of passwd(5). Of two
+// names for an id the first counts, as for getpwuid(3). Lines that are not of
+// the format are left out (fails open: a name less).
+func ParsePasswd(b []byte) map[uint32]string {
+	out := make(map[uint32]string)
+	for line := range strings.SplitSeq(string(b), "\n") {
+		f := strings.Split(line, ":")
+		if len(f) < 7 || f[0] == "" || len(f[0]) > 256 || strings.ContainsAny(f[0], "+#") || len(out) == maxUsers {
+			continue
+		}
+		uid, err := strconv.ParseUint(f[2], 10, 32)
+		if _, dup := out[uint32(uid)]; err != nil || dup { //nolint:gosec // 32 bits
+			continue
+		}
+		out[uint32(uid)] = f[0] //nolint:gosec // 32 bits
+	}
+	return out
+}
+
+// ParseCgroup finds the cgroup2 path in the format of /proc/PID/cgroup
+// (cgroups(7)): the line of hierarchy 0.
+func ParseCgroup(b []byte) (string, error) {
+	for line := range strings.SplitSeq(string(b), "\n") {
+		if p, ok := strings.CutPrefix(line, "0::"); ok && strings.HasPrefix(p, "/") && len(p) <= maxCgroupPath {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("no cgroup2 path: %w", errs.NotFound)
+}
+
+// Mount is one line of mountinfo.
+type Mount struct {
+	ID, Parent   int
+	Major, Minor uint32
+	Root         string // the directory of the file system that is mounted
+	Point        string
+	Options      string
+	Type         string
+	Source       string
+	Super        string // options of the file system
+}
+
+// ParseMountinfo reads the format of /proc/PID/mountinfo (proc(5)). A malformed
+// line is errs.Invalid (fails closed).
+func ParseMountinfo(r io.Reader) ([]Mount, error) {
+	in := bufio.NewScanner(io.LimitReader(r, maxMountinfo+1))
+	in.Buffer(make([]byte, 4<<10), maxSmallFile)
+	var out []Mount
+	size := 0
+	for in.Scan() {
+		m, ok := parseMount(in.Text())
+		if size += len(in.Bytes()) + 1; !ok || size > maxMountinfo {
+			return nil, fmt.Errorf("mountinfo, line %d: %w", len(out)+1, errs.Invalid)
+		}
+		out = append(out, m)
+	}
+	if err := in.Err(); err != nil {
+		if errors.Is(err, bufio.ErrTooLong) {
+			err = fmt.Errorf("%w: %w", err, errs.Invalid)
+		}
+		return nil, fmt.Errorf("mountinfo, line %d: %w", len(out)+1, err)
+	}
+	return out, nil
+}
+
+func parseMount(line string) (m Mount, ok bool) {
+	before, after, ok := strings.Cut(line, " - ")
+	f, g := strings.Split(before, " "), strings.SplitN(after, " ", 3)
+	if !ok || len(f) < 6 || len(g) != 3 {
+		return m, false
+	}
+	major, minor, _ := strings.Cut(f[2], ":")
+	a, e1 := strconv.Atoi(f[0])
+	b, e2 := strconv.Atoi(f[1])
+	c, e3 := strconv.ParseUint(major, 10, 32)
+	d, e4 := strconv.ParseUint(minor, 10, 32)
+	if e1 != nil || e2 != nil || e3 != nil || e4 != nil {
+		return m, false
+	}
+	return Mount{ID: a, Parent: b, Major: uint32(c), Minor: uint32(d), //nolint:gosec // 32 bits
+		Root: unescapeMount(f[3]), Point: unescapeMount(f[4]), Options: f[5],
+		Type: g[0], Source: unescapeMount(g[1]), Super: g[2]}, true
+}
+
+// unescapeMount undoes the kernel's \ooo for space, tab, newline and backslash.
+func unescapeMount(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var out strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				out.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		out.WriteByte(s[i])
+	}
+	return out.String()
+}
