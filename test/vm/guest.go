@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -167,7 +168,9 @@ func buildInit(ctx context.Context) (string, error) {
 	defer unlock()
 	// go build leaves the file alone when it is up to date, and otherwise
 	// replaces it, so a reader sees the old or the new one whole.
-	path := filepath.Join(cache, "vminit")
+	// Each source tree that shares the cache has its own.
+	tree := sha256.Sum256([]byte(root))
+	path := filepath.Join(cache, fmt.Sprintf("vminit-%x", tree[:4]))
 	if _, err := command(ctx, root, "env", "CGO_ENABLED=0", "GOFLAGS=-mod=mod", "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "ringwall/test/vm/vminit"); err != nil {
 		return "", err
 	}

@@ -136,7 +136,6 @@ func mountAll() error {
 		{kind: "cgroup2", target: "/sys/fs/cgroup", flags: quiet},
 		{kind: "devpts", target: "/dev/pts", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=620,ptmxmode=666"},
 		{kind: "tmpfs", target: "/dev/shm", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=1777"},
-		{kind: "tmpfs", target: "/tmp", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=1777"},
 		{kind: "tmpfs", target: "/run", flags: unix.MS_NOSUID | unix.MS_NODEV, data: "mode=755"},
 	} {
 		if err := mount(m.kind, m.target, m.kind, m.flags, m.data); err != nil && !m.optional {
