@@ -1,10 +1,9 @@
 // Command runtests runs "go test -json" and shows what a person needs: a line
 // per package, failures in full, skipped tests with their reason, and a sum.
 //
-//	runtests [-fuzz 5s -budget 5m] ARGUMENTS OF go test
-//
-// With -fuzz it runs every fuzz target of the packages for that long, less if
-// all of them together would exceed the budget.
+//	runtests test ARGUMENTS...       arguments of go test
+//	runtests fuzz EACH ALL PACKAGES  every fuzz target for the time EACH, less if
+//	                                 together they would take longer than ALL
 //
 // A test that has subtests is not counted itself; its subtests are. If the
 // environment names a file in CHECK_TALLY, "passed failed skipped" is appended
@@ -15,7 +14,6 @@ import (
 	"bufio"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -30,19 +28,22 @@ func main() {
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
-	flags := flag.NewFlagSet("runtests", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	fuzz := flags.Duration("fuzz", 0, "run fuzz targets, each for this `long`")
-	budget := flags.Duration("budget", 5*time.Minute, "at most this `long` for all fuzz targets")
-	if err := flags.Parse(args); err != nil {
-		return 2
-	}
 	start := time.Now()
 	s := &session{out: stdout, err: stderr}
-	if *fuzz > 0 {
-		s.fuzz(flags.Args(), *fuzz, *budget)
-	} else {
-		s.test(flags.Args()...)
+	switch {
+	case len(args) > 1 && args[0] == "test":
+		s.test(args[1:]...)
+	case len(args) > 3 && args[0] == "fuzz":
+		each, err1 := time.ParseDuration(args[1])
+		all, err2 := time.ParseDuration(args[2])
+		if err := errors.Join(err1, err2); err != nil {
+			fmt.Fprintln(stderr, "runtests:", err)
+			return 2
+		}
+		s.fuzz(args[3:], each, all)
+	default:
+		fmt.Fprintln(stderr, "usage: runtests test ARGUMENTS... | runtests fuzz EACH ALL PACKAGES...")
+		return 2
 	}
 	s.showSkipped()
 	fmt.Fprintf(stdout, "%d passed, %d failed, %d skipped in %s\n", s.passed, s.failed, len(s.skipped), time.Since(start).Round(100*time.Millisecond))
