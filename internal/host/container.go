@@ -5,12 +5,12 @@ import (
 	"strings"
 )
 
-// ParseContainer tells the container from a cgroup's path, by how runtimes
+// ContainerOf tells the container from a cgroup's path, by how runtimes
 // name cgroups: with the systemd driver RUNTIME-ID.scope, with the cgroupfs
 // driver a directory of the runtime with the id below it. In nested containers
 // it is the outermost one: the one that this host runs, and that what is inside
 // cannot choose. A runtime's monitor process is in no container.
-func ParseContainer(path string) Container {
+func ContainerOf(path string) Container {
 	if len(path) > maxCgroupPath {
 		return Container{}
 	}

@@ -33,12 +33,12 @@ type Container struct {
 	ID      string `json:"id"`      // the runtime's id or name
 }
 
-// Enricher adds to an event what the kernel does not put in it: names that a
-// person can read. Its answers are hints for triage, never input of a verdict:
-// what they come from changes with the system and can be gone when an event is
-// read (fails open: the answer is then empty). It may be used from several
-// goroutines. No call waits for another process.
-type Enricher struct {
+// Lookup finds the names of what the kernel gives events as numbers. Its
+// answers are hints for triage, never input of a verdict: what they come from
+// changes with the system and can be gone when an event is read (fails open: the
+// answer is then empty). It may be used from several goroutines. No call waits
+// for another process.
+type Lookup struct {
 	root   string
 	cgroup *os.File // the mounted cgroup2 hierarchy; nil: there is none
 	prefix string   // its path
@@ -49,93 +49,98 @@ type Enricher struct {
 	paths  map[uint64]string
 }
 
-// OpenEnricher makes an Enricher of the system below root. A system without
-// cgroup2, or one that hides it, gives one that knows no containers by id.
-func OpenEnricher(root string) (*Enricher, error) {
-	e := &Enricher{root: root, paths: make(map[uint64]string)}
+// NewLookup makes a Lookup of the system below root. Where there is no cgroup2
+// hierarchy, or it cannot be opened, it knows no cgroups by id.
+func NewLookup(root string) *Lookup {
+	l := &Lookup{root: root, paths: make(map[uint64]string)}
 	f, err := os.Open(filepath.Join(root, "proc/self/mountinfo"))
 	if err != nil {
-		return nil, fmt.Errorf("find the cgroup hierarchy: %w", kindOf(err))
+		return l
 	}
 	defer f.Close()
 	mounts, err := ParseMountinfo(f)
 	if err != nil {
-		return nil, fmt.Errorf("find the cgroup hierarchy: %w", err)
+		return l
 	}
 	for _, m := range mounts {
 		if m.Type != "cgroup2" || m.Root != "/" {
 			continue // a mount of a part cannot name what lies outside it
 		}
-		if e.cgroup, err = os.Open(filepath.Join(root, m.Point)); err == nil {
-			e.prefix = e.cgroup.Name()
-			break
+		if l.cgroup, err = os.Open(filepath.Join(root, m.Point)); err == nil {
+			l.prefix = l.cgroup.Name()
+			return l
 		}
-		e.cgroup = nil
+		l.cgroup = nil
 	}
-	return e, nil
+	return l
 }
 
 // Close lets go of the hierarchy.
-func (e *Enricher) Close() error {
-	if e.cgroup == nil {
+func (l *Lookup) Close() error {
+	if l.cgroup == nil {
 		return nil
 	}
-	return e.cgroup.Close()
+	return l.cgroup.Close()
 }
 
 // User is the name of a user id in /etc/passwd, "" if it has none there. Users
 // of a directory service are not looked up: that would wait for the network.
-func (e *Enricher) User(uid uint32) string {
-	name := filepath.Join(e.root, "etc/passwd")
+func (l *Lookup) User(uid uint32) string {
+	name := filepath.Join(l.root, "etc/passwd")
 	fi, err := os.Stat(name)
 	if err != nil {
 		return ""
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.passwd == nil || !os.SameFile(fi, e.passwd) || !fi.ModTime().Equal(e.passwd.ModTime()) || fi.Size() != e.passwd.Size() {
-		e.passwd, e.users = fi, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.passwd == nil || !os.SameFile(fi, l.passwd) || !fi.ModTime().Equal(l.passwd.ModTime()) || fi.Size() != l.passwd.Size() {
+		l.passwd, l.users = fi, nil
 		if b, err := readBounded(name, maxPasswd); err == nil {
-			e.users = ParsePasswd(b)
+			l.users = ParsePasswd(b)
 		}
 	}
-	return e.users[uid]
+	return l.users[uid]
 }
 
-// CgroupPath is the path of a cgroup, from the root of the hierarchy, by the id
-// that the kernel gives events (the inode number of its directory). A cgroup
-// that is gone and was never asked for is errs.NotFound.
-func (e *Enricher) CgroupPath(id uint64) (string, error) {
-	e.mu.Lock()
-	p, ok := e.paths[id]
-	e.mu.Unlock()
+// Cgroup is the path of a cgroup, from the root of the hierarchy, by the id
+// that the kernel gives events (the inode number of its directory); "" if it is
+// gone and was never asked for.
+func (l *Lookup) Cgroup(id uint64) string {
+	p, _ := l.cgroupPath(id)
+	return p
+}
+
+func (l *Lookup) cgroupPath(id uint64) (string, error) {
+	l.mu.Lock()
+	p, ok := l.paths[id]
+	l.mu.Unlock()
 	if ok {
 		return p, nil
 	}
-	p, err := e.lookupCgroup(id)
+	p, err := l.lookupCgroup(id)
 	if err != nil {
 		return "", fmt.Errorf("path of cgroup %d: %w", id, err)
 	}
 	// Ids are not used again and cgroups are not renamed: an entry never
 	// goes stale.
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.paths) >= maxCgroupCache {
-		clear(e.paths)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.paths) >= maxCgroupCache {
+		clear(l.paths)
 	}
-	e.paths[id] = p
+	l.paths[id] = p
 	return p, nil
 }
 
 // lookupCgroup opens a directory of kernfs by its id; FILEID_KERNFS is in
 // linux/exportfs.h.
-func (e *Enricher) lookupCgroup(id uint64) (string, error) {
-	if e.cgroup == nil {
+func (l *Lookup) lookupCgroup(id uint64) (string, error) {
+	if l.cgroup == nil {
 		return "", fmt.Errorf("no cgroup2 hierarchy: %w", errs.Unsupported)
 	}
 	const kernfs = 0xfe
 	h := unix.NewFileHandle(kernfs, binary.NativeEndian.AppendUint64(nil, id))
-	fd, err := unix.OpenByHandleAt(int(e.cgroup.Fd()), h, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC)
+	fd, err := unix.OpenByHandleAt(int(l.cgroup.Fd()), h, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC)
 	switch {
 	case errors.Is(err, unix.ESTALE):
 		return "", fmt.Errorf("%w: %w", err, errs.NotFound)
@@ -147,52 +152,35 @@ func (e *Enricher) lookupCgroup(id uint64) (string, error) {
 	if err != nil {
 		return "", kindOf(err)
 	}
-	if p == e.prefix {
+	if p == l.prefix {
 		return "/", nil
 	}
-	rest, ok := strings.CutPrefix(p, e.prefix)
+	rest, ok := strings.CutPrefix(p, l.prefix)
 	if !ok || !strings.HasPrefix(rest, "/") || strings.HasSuffix(rest, " (deleted)") || len(rest) > maxCgroupPath {
 		return "", fmt.Errorf("%.200q: %w", p, errs.NotFound)
 	}
 	return rest, nil
 }
 
-// Container is the container of a cgroup id; none if that cannot be told.
-func (e *Enricher) Container(id uint64) Container {
-	p, err := e.CgroupPath(id)
+// Program is the file that a process runs, as it is named now, with
+// " (deleted)" after it if it has no name any more; "" if the process is gone.
+func (l *Lookup) Program(pid int) string {
+	p, err := os.Readlink(filepath.Join(l.root, "proc", strconv.Itoa(pid), "exe"))
 	if err != nil {
-		return Container{}
+		return ""
 	}
-	return ParseContainer(p)
+	return p
 }
 
-// Exe is the program that a process runs, as it is named now, with
-// " (deleted)" after it if it has no name any more.
-func (e *Enricher) Exe(pid uint32) (string, error) {
-	p, err := os.Readlink(filepath.Join(e.root, "proc", strconv.FormatUint(uint64(pid), 10), "exe"))
-	if errors.Is(err, unix.ESRCH) {
-		err = fmt.Errorf("%w: %w", err, errs.NotFound)
-	}
+// ProcessCgroup is the path of a process's cgroup in the cgroup2 hierarchy, ""
+// if there is none.
+func (l *Lookup) ProcessCgroup(pid int) string {
+	b, err := readBounded(filepath.Join(l.root, "proc", strconv.Itoa(pid), "cgroup"), maxSmallFile)
 	if err != nil {
-		return "", fmt.Errorf("program of process %d: %w", pid, kindOf(err))
+		return ""
 	}
-	return p, nil
-}
-
-// ProcessCgroup is the path of a process's cgroup in the cgroup2 hierarchy.
-func (e *Enricher) ProcessCgroup(pid uint32) (string, error) {
-	b, err := readBounded(filepath.Join(e.root, "proc", strconv.FormatUint(uint64(pid), 10), "cgroup"), maxSmallFile)
-	if errors.Is(err, unix.ESRCH) {
-		err = fmt.Errorf("%w: %w", err, errs.NotFound)
-	}
-	if err != nil {
-		return "", fmt.Errorf("cgroup of process %d: %w", pid, err)
-	}
-	p, err := ParseCgroup(b)
-	if err != nil {
-		return "", fmt.Errorf("cgroup of process %d: %w", pid, err)
-	}
-	return p, nil
+	p, _ := ParseCgroup(b)
+	return p
 }
 
 // ParsePasswd gives the names of user ids in the format of passwd(5). Of two

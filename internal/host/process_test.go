@@ -16,7 +16,7 @@ import (
 	"ringwall/internal/errs"
 )
 
-func TestParseContainer(t *testing.T) {
+func TestContainerOf(t *testing.T) {
 	id := strings.Repeat("0123456789abcdef", 4)
 	for path, want := range map[string]Container{
 		"/": {}, "": {}, "/init.scope": {}, "/system.slice/docker.service": {}, "/user.slice/user-1000.slice/session-3.scope": {},
@@ -43,7 +43,7 @@ func TestParseContainer(t *testing.T) {
 		"/system.slice/docker-abc.scope":           {},
 		"/a" + strings.Repeat("/a", maxCgroupPath): {},
 	} {
-		if got := ParseContainer(path); got != want {
+		if got := ContainerOf(path); got != want {
 			t.Errorf("%s: %+v, want %+v", path, got, want)
 		}
 	}
@@ -69,13 +69,10 @@ func TestParseMountinfo(t *testing.T) {
 	}
 }
 
-func TestEnricherUser(t *testing.T) {
+func TestLookupUser(t *testing.T) {
 	root := t.TempDir()
 	writeTree(t, root, map[string]string{"proc/self/mountinfo": "", "etc/passwd": "a:x:1:1:::\n"})
-	e, err := OpenEnricher(root)
-	if err != nil {
-		t.Fatal(err)
-	}
+	e := NewLookup(root)
 	if got := e.User(1) + "/" + e.User(2); got != "a/" {
 		t.Error(got)
 	}
@@ -89,24 +86,21 @@ func TestEnricherUser(t *testing.T) {
 	if got := e.User(2); got != "" {
 		t.Error(got)
 	}
-	if _, err := e.CgroupPath(1); !errors.Is(err, errs.Unsupported) {
+	if _, err := e.cgroupPath(1); !errors.Is(err, errs.Unsupported) {
 		t.Errorf("no hierarchy: %v", err)
 	}
 	if err := e.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := OpenEnricher(t.TempDir()); !errors.Is(err, errs.NotFound) {
-		t.Errorf("no proc: %v", err)
+	if e := NewLookup(t.TempDir()); e.Cgroup(1) != "" || e.User(0) != "" || e.Program(1) != "" || e.Close() != nil {
+		t.Error("an empty root knows something")
 	}
 }
 
-// TestEnricherCgroup makes a cgroup as a container runtime would, runs a
+// TestLookupCgroup makes a cgroup as a container runtime would, runs a
 // process in it and finds it by id.
-func TestEnricherCgroup(t *testing.T) {
-	e, err := OpenEnricher("/")
-	if err != nil {
-		t.Fatal(err)
-	}
+func TestLookupCgroup(t *testing.T) {
+	e := NewLookup("/")
 	defer e.Close()
 	if e.cgroup == nil {
 		t.Skip("SKIP: no cgroup2 hierarchy here")
@@ -129,42 +123,40 @@ func TestEnricherCgroup(t *testing.T) {
 	if err := sleep.Start(); err != nil {
 		t.Skip("SKIP: cannot start in a cgroup:", err)
 	}
-	pid := uint32(sleep.Process.Pid) //nolint:gosec // a pid
+	pid := sleep.Process.Pid
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		t.Fatal(err)
 	}
 	want := strings.TrimPrefix(dir, e.prefix)
-	got, err := e.CgroupPath(st.Ino)
+	got, err := e.cgroupPath(st.Ino)
 	if errors.Is(err, errs.Denied) {
 		t.Skip("SKIP: needs CAP_DAC_READ_SEARCH:", err)
 	}
 	if err != nil || got != want {
 		t.Errorf("path %q, %v; want %q", got, err, want)
 	}
-	if c := e.Container(st.Ino); c != (Container{"docker", id}) {
+	if c := ContainerOf(e.Cgroup(st.Ino)); c != (Container{"docker", id}) {
 		t.Errorf("%+v", c)
 	}
-	if p, err := e.ProcessCgroup(pid); err != nil || p != want {
-		t.Errorf("cgroup of the process %q, %v", p, err)
+	if p := e.ProcessCgroup(pid); p != want {
+		t.Errorf("cgroup of the process %q", p)
 	}
-	if exe, err := e.Exe(pid); err != nil || filepath.Base(exe) == "" || !strings.HasPrefix(exe, "/") {
-		t.Errorf("exe %q, %v", exe, err)
+	program, err := filepath.EvalSymlinks(sleep.Path)
+	if got := e.Program(pid); err != nil || got != program {
+		t.Errorf("program %q, want %q, %v", got, program, err)
 	}
 	var root unix.Stat_t
 	if err := unix.Stat(e.prefix, &root); err != nil {
 		t.Fatal(err)
 	}
-	if p, err := e.CgroupPath(root.Ino); err != nil || p != "/" {
+	if p, err := e.cgroupPath(root.Ino); err != nil || p != "/" {
 		t.Errorf("root cgroup: %q, %v", p, err)
 	}
 	_ = sleep.Process.Kill()
 	_ = sleep.Wait()
-	if _, err := e.Exe(pid); !errors.Is(err, errs.NotFound) {
-		t.Errorf("program of a process that is gone: %v", err)
-	}
-	if _, err := e.ProcessCgroup(pid); !errors.Is(err, errs.NotFound) {
-		t.Errorf("cgroup of a process that is gone: %v", err)
+	if e.Program(pid) != "" || e.ProcessCgroup(pid) != "" {
+		t.Error("a process that is gone has a program or a cgroup")
 	}
 	for range 100 { // the kernel takes a moment to let go of the process
 		if err = os.Remove(dir); err == nil {
@@ -175,19 +167,19 @@ func TestEnricherCgroup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := e.CgroupPath(st.Ino); err != nil || got != want {
+	if got, err := e.cgroupPath(st.Ino); err != nil || got != want {
 		t.Errorf("a cgroup that was asked for before is gone: %q, %v", got, err)
 	}
 	e.mu.Lock()
 	clear(e.paths)
 	e.mu.Unlock()
-	if got, err := e.CgroupPath(st.Ino); err == nil {
+	if got, err := e.cgroupPath(st.Ino); err == nil {
 		t.Errorf("a cgroup that is gone: %q", got)
 	}
 	for i := range uint64(maxCgroupCache) {
 		e.paths[1<<40+i] = "/x"
 	}
-	if _, err := e.CgroupPath(root.Ino); err != nil || len(e.paths) != 1 {
+	if _, err := e.cgroupPath(root.Ino); err != nil || len(e.paths) != 1 {
 		t.Errorf("a full cache: %d entries, %v", len(e.paths), err)
 	}
 }
@@ -204,7 +196,7 @@ func FuzzProcessFiles(f *testing.F) {
 			}
 		}
 		if p, err := ParseCgroup(b); err == nil {
-			if c := ParseContainer(p); (c.ID == "") != (c.Runtime == "") {
+			if c := ContainerOf(p); (c.ID == "") != (c.Runtime == "") {
 				t.Errorf("%q: %+v", p, c)
 			}
 		}
