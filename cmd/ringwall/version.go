@@ -11,6 +11,9 @@ import (
 	"ringwall/internal/codesign"
 )
 
+// version is stamped by ./build; empty in any other build.
+var version string
+
 // buildVersion is what the go command stamped into the binary.
 type buildVersion struct {
 	Version    string `json:"version"`  // module version, or "devel"
@@ -32,6 +35,9 @@ func readBuildVersion() buildVersion {
 	}
 	if b.Main.Version != "" && b.Main.Version != "(devel)" {
 		v.Version = b.Main.Version
+	}
+	if version != "" {
+		v.Version = version
 	}
 	for _, s := range b.Settings {
 		switch s.Key {
