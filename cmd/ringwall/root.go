@@ -18,6 +18,10 @@ const (
 // commands lists every noun. A new one is added here and nowhere else.
 func commands(e *env) []*cobra.Command {
 	return []*cobra.Command{
+		newKeyCommand(e),
+		newSignCommand(e),
+		newVerifyCommand(e),
+		newCatalogueCommand(e),
 		newVersionCommand(e),
 		newManCommand(e),
 		newExitCodesTopic(),

@@ -1,0 +1,168 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"ringwall/internal/codesign"
+	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
+	"ringwall/internal/pki"
+)
+
+// The endings of a release's three files, which lie side by side.
+const (
+	extRelease   = ".release.json"
+	extCatalogue = ".cat"
+	extNames     = ".names"
+	extPolicy    = ".policy.json"
+)
+
+// Bounds of the files that a command reads whole.
+const (
+	maxBundleFile    = 8 << 20
+	maxCatalogueFile = 320 << 20
+	maxPolicyFile    = 4 << 20
+)
+
+// readBounded reads a file of at most limit bytes. A named pipe will do.
+func readBounded(name string, limit int64) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", name, err)
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("read %s: more than %d bytes: %w", name, limit, errs.Invalid)
+	}
+	return b, nil
+}
+
+// loadedRelease is a release whose signature, catalogue and names verified.
+type loadedRelease struct {
+	*codesign.Release
+	file      string
+	catalogue *codesign.Catalogue
+	names     []byte // nam1
+	table     *codesign.NameTable
+}
+
+func (r *loadedRelease) source() (integrity.Source, error) {
+	return codesign.ReleaseSource(r.Release, r.catalogue, r.names)
+}
+
+// loadRelease reads NAME.release.json with NAME.cat and NAME.names beside it.
+func loadRelease(file string, roots pki.TrustRoots) (*loadedRelease, error) {
+	stem, ok := strings.CutSuffix(file, extRelease)
+	if !ok {
+		return nil, fmt.Errorf("release %s: want a file that ends in %s: %w", file, extRelease, errs.Invalid)
+	}
+	bundle, err := readBounded(file, maxBundleFile)
+	if err != nil {
+		return nil, fmt.Errorf("release %s: %w", file, err)
+	}
+	blob, err := readBounded(stem+extCatalogue, maxCatalogueFile)
+	if err != nil {
+		return nil, hint(fmt.Errorf("release %s: %w", file, err), "a release's three files lie side by side")
+	}
+	r := &loadedRelease{file: file}
+	if r.Release, r.catalogue, err = codesign.VerifyRelease(bundle, blob, roots); err != nil {
+		return nil, fmt.Errorf("release %s: %w", file, err)
+	}
+	if r.names, err = readBounded(stem+extNames, maxCatalogueFile); err != nil {
+		return nil, hint(fmt.Errorf("release %s: %w", file, err), "a release's three files lie side by side")
+	}
+	if r.table, err = r.VerifyNames(r.names, r.catalogue); err != nil {
+		return nil, fmt.Errorf("release %s: %w", file, err)
+	}
+	return r, nil
+}
+
+// loadSources reads releases that a policy trusts, for Compile. A directory
+// stands for every release in it. One that does not verify is an error: what
+// is asked about would come out wrong without it.
+func loadSources(paths []string, t integrity.Trust) ([]integrity.Source, error) {
+	roots := codesign.Roots(t, codesign.SignsBuild)
+	var out []integrity.Source
+	for _, p := range paths {
+		files := []string{p}
+		if st, err := os.Stat(p); err == nil && st.IsDir() {
+			if files, err = filepath.Glob(filepath.Join(globQuote(p), "*"+extRelease)); err != nil {
+				return nil, fmt.Errorf("releases of %s: %w", p, err)
+			}
+			if len(files) == 0 {
+				return nil, fmt.Errorf("releases of %s: no file ends in %s: %w", p, extRelease, errs.NotFound)
+			}
+		}
+		for _, f := range files {
+			r, err := loadRelease(f, roots)
+			if err != nil {
+				return nil, err
+			}
+			s, err := r.source()
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, s)
+		}
+	}
+	return out, nil
+}
+
+// globQuote keeps a directory's name from being a pattern.
+func globQuote(s string) string {
+	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(s)
+}
+
+// loadPolicy reads a policy as it is written. A signed one is not for this
+// function: whoever wants its signature to count verifies it.
+func loadPolicy(file string) (*integrity.Policy, error) {
+	doc, err := readBounded(file, maxPolicyFile)
+	if err != nil {
+		return nil, fmt.Errorf("policy: %w", err)
+	}
+	if strings.HasSuffix(file, extPolicy) {
+		return nil, hint(fmt.Errorf("policy %s is signed, and this command reads the YAML: %w", file, errs.Invalid),
+			"get it with: ringwall verify %s --trust … --extract FILE", shown(file))
+	}
+	return integrity.ParseNamed(file, doc)
+}
+
+// loadRoots returns whom to believe: of an authority's directory, or of a
+// policy's trust section.
+func loadRoots(path string, p pki.Purpose) (pki.TrustRoots, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return pki.TrustRoots{}, fmt.Errorf("trust: %w", err)
+	}
+	if st.IsDir() {
+		a, err := pki.LoadCertificates(path)
+		if err != nil {
+			return pki.TrustRoots{}, err
+		}
+		return a.Roots(p), nil
+	}
+	policy, err := loadPolicy(path)
+	if err != nil {
+		return pki.TrustRoots{}, err
+	}
+	r := codesign.Roots(policy.Trust, p.String())
+	if len(r.CAs) == 0 || len(r.TSAs) == 0 {
+		return r, fmt.Errorf("policy %s trusts nobody to sign a %v: %w", path, p, errs.Untrusted)
+	}
+	return r, nil
+}
+
+// exists says whether there is a file of that name; it fails closed.
+func exists(name string) bool {
+	_, err := os.Lstat(name)
+	return !errors.Is(err, os.ErrNotExist)
+}

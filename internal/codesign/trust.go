@@ -1,0 +1,82 @@
+package codesign
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"slices"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
+	"ringwall/internal/pki"
+)
+
+// What a policy's trust section says that an authority signs.
+const (
+	SignsBuild      = "build"      // release records
+	SignsPolicy     = "policy"     // policies
+	SignsSupplement = "supplement" // supplemental policies
+	SignsPermit     = "permit"     // break-glass permits
+)
+
+// Roots returns whom a policy trusts to sign one sort of document. Nobody is a
+// valid answer: then nothing verifies.
+func Roots(t integrity.Trust, signs string) pki.TrustRoots {
+	var r pki.TrustRoots
+	for _, a := range t.Authorities {
+		if slices.Contains(a.Signs, signs) {
+			r.CAs = append(r.CAs, pki.Anchor{Name: a.Name, Cert: a.Certificate})
+		}
+	}
+	for _, s := range t.Timestamps {
+		r.TSAs = append(r.TSAs, pki.Anchor{Name: s.Name, Cert: s.Certificate})
+	}
+	return r
+}
+
+// VerifyNames checks that a name table is the one that was signed.
+func (r *Release) VerifyNames(blob []byte, c *Catalogue) (*NameTable, error) {
+	if got := integrity.Digest(sha256.Sum256(blob)); got != r.Names {
+		return nil, fmt.Errorf("name table is %v, the record is about %v: %w", got, r.Names, errs.Untrusted)
+	}
+	return ParseNames(blob, c)
+}
+
+// ReleaseSource is a verified release as a policy is compiled with it. The name
+// table is checked against the record. It is required, since what makes a
+// program an interpreter, and so restricts it, goes by names.
+func ReleaseSource(r *Release, c *Catalogue, names []byte) (integrity.Source, error) {
+	t, err := r.VerifyNames(names, c)
+	if err != nil {
+		return integrity.Source{}, fmt.Errorf("release %s %s: %w", r.Product, r.Version, err)
+	}
+	return sourceOf(integrity.Origin{
+		Release: r.Record, Authority: r.CA, Identity: r.Identity, Certificate: r.CertFingerprint,
+		SignedAt: r.SignedAt, Product: r.Product, Epoch: r.Epoch, Version: r.Version,
+	}, c, t), nil
+}
+
+// CatalogueSource is the catalogue of something that the caller has verified
+// by other means, such as a package of an archive. The name table must belong
+// to the catalogue; whether it is genuine is the caller's to know.
+func CatalogueSource(o integrity.Origin, c *Catalogue, names []byte) (integrity.Source, error) {
+	t, err := ParseNames(names, c)
+	if err != nil {
+		return integrity.Source{}, fmt.Errorf("package %s %s: %w", o.Package, o.Version, err)
+	}
+	return sourceOf(o, c, t), nil
+}
+
+func sourceOf(o integrity.Origin, c *Catalogue, t *NameTable) integrity.Source {
+	return integrity.Source{Origin: o, Files: func(yield func(integrity.File) bool) {
+		var paths []string // reused: Compile copies
+		for i, rec := range c.All() {
+			paths = paths[:0]
+			for _, n := range t.Names[i] {
+				paths = append(paths, n.Path)
+			}
+			if !yield(integrity.File{SHA256: rec.Digest, Verity: rec.Verity, Kinds: rec.Kinds, Names: paths}) {
+				return
+			}
+		}
+	}}
+}
