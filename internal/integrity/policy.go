@@ -26,6 +26,8 @@ type Policy struct {
 	Programs     []ProgramRule
 	Interpreters []InterpreterRule
 	Knobs        []Knob
+
+	ix *index // see Prepare
 }
 
 // Trust is who may sign what. It reaches a host only inside a signed policy.
@@ -68,6 +70,9 @@ type AllowRule struct {
 	// Until ends the rule (an exception); zero: never. Reason must be given then.
 	Until  time.Time
 	Reason string
+	// Supplement is the supplemental policy that the rule came from, "" for the
+	// base policy. Such a rule authorises content but gives no roles.
+	Supplement string
 }
 
 // Unclassified is what a bare digest is authorised for when its rule names no kinds.
@@ -165,9 +170,12 @@ type Membership struct {
 	Origin *Origin
 	Kinds  KindSet  // what the classifier says it is
 	Names  []string // its names there, without leading slash
+	// SHA256 is what the origin says that the content's SHA-256 is, where the
+	// object is known by another digest only. It can restrict, never allow.
+	SHA256 Digest
 }
 
-// Object is what is about to be used. Digests that are not known are zero.
+// Object is what is about to be used. Digests that nobody measured are zero.
 type Object struct {
 	Kind        Kind
 	SHA256      Digest
