@@ -15,6 +15,7 @@ import (
 // aptSource is a view of Debian's archive. The zero value is what this machine
 // is configured to use.
 type aptSource struct {
+	lists   string // where a private view keeps the indexes
 	options []string
 }
 
@@ -23,7 +24,7 @@ const debianKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 // newSource makes a private view of one suite, on the mirror that this machine
 // uses for Debian, without touching the machine's own lists.
 func newSource(ctx context.Context, suite string) (aptSource, error) {
-	mirror, err := debianMirror(ctx)
+	mirror, _, err := debianMirrors(ctx)
 	if err != nil {
 		return aptSource{}, err
 	}
@@ -41,7 +42,7 @@ func newSource(ctx context.Context, suite string) (aptSource, error) {
 	if err := os.WriteFile(list, fmt.Appendf(nil, "deb [signed-by=%s] %s %s main\n", debianKeyring, mirror, suite), 0o644); err != nil {
 		return aptSource{}, err
 	}
-	s := aptSource{options: []string{
+	s := aptSource{lists: filepath.Join(dir, "state/lists"), options: []string{
 		"-o", "Dir::State=" + filepath.Join(dir, "state"),
 		"-o", "Dir::State::status=/dev/null",
 		"-o", "Dir::Cache=" + filepath.Join(dir, "cache"),
@@ -49,6 +50,7 @@ func newSource(ctx context.Context, suite string) (aptSource, error) {
 		"-o", "Dir::Etc::sourceparts=" + filepath.Join(dir, "parts"),
 		"-o", "Dir::Etc::preferencesparts=" + filepath.Join(dir, "parts"),
 		"-o", "Acquire::Languages=none",
+		"-o", "Acquire::GzipIndexes=false",
 		"-o", "APT::Sandbox::User=root",
 		"-o", "Acquire::Retries=2",
 	}}
@@ -58,19 +60,67 @@ func newSource(ctx context.Context, suite string) (aptSource, error) {
 	return s, nil
 }
 
-// debianMirror is the address from which this machine gets Debian's packages.
-func debianMirror(ctx context.Context) (string, error) {
+// debianMirrors are the addresses from which this machine gets Debian's
+// packages and their security updates.
+func debianMirrors(ctx context.Context) (main, security string, err error) {
 	out, err := command(ctx, "", "apt-get", "indextargets", "--format", "$(ORIGIN) $(COMPONENT) $(REPO_URI)", "Created-By: Packages")
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	for line := range strings.Lines(out) {
 		f := strings.Fields(line)
-		if len(f) == 3 && f[0] == "Debian" && f[1] == "main" && strings.HasSuffix(strings.TrimSuffix(f[2], "/"), "/debian") {
-			return f[2], nil
+		if len(f) != 3 || f[0] != "Debian" || f[1] != "main" {
+			continue
+		}
+		switch uri := strings.TrimSuffix(f[2], "/"); {
+		case strings.HasSuffix(uri, "/debian"):
+			main = uri
+		case strings.HasSuffix(uri, "/debian-security"):
+			security = uri
 		}
 	}
-	return "", fmt.Errorf("no package source of Debian is configured (apt-get update?): %w", errs.Unsupported)
+	if main == "" || security == "" {
+		return "", "", fmt.Errorf("no package sources of Debian and its security updates are configured (apt-get update?): %w", errs.Unsupported)
+	}
+	return main, security, nil
+}
+
+// copyLists copies the indexes of a private view to a new directory.
+func (s aptSource) copyLists(to string) error {
+	if s.lists == "" {
+		return nil
+	}
+	if err := os.Mkdir(to, 0o755); err != nil {
+		return err
+	}
+	for _, pattern := range []string{"*_InRelease", "*_Packages"} {
+		files, err := filepath.Glob(filepath.Join(s.lists, pattern))
+		if err != nil {
+			return err
+		}
+		for _, f := range files {
+			if err := copyFile(filepath.Join(to, filepath.Base(f)), f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// copyFile copies a file and its modification time: apt compares that.
+func copyFile(to, from string) error {
+	st, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(to, b, 0o644); err != nil {
+		return err
+	}
+	return os.Chtimes(to, st.ModTime(), st.ModTime())
 }
 
 func (s aptSource) run(ctx context.Context, dir, name string, args ...string) (string, error) {

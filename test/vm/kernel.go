@@ -23,11 +23,14 @@ const newestSuite = "trixie-backports"
 // Kernel is one of Debian's kernels for virtual machines, unpacked.
 type Kernel struct {
 	Name    string // what was asked for: 6.1, 6.12, newest
+	Package string // Debian's package of the boot image
+	Version string // and its version
 	Release string // what uname -r says in the guest
 	Image   string // path of the boot image
 	Modules string // path of lib/modules/RELEASE
 	Dir     string // where it is in the cache
 	Debs    []string
+	Lists   []string // the signed indexes that vouch for Debs; nil: the machine's own
 }
 
 // kernelPackages are the packages of each kernel: the pattern of the name.
@@ -145,7 +148,9 @@ func fetchKernel(ctx context.Context, name string, pattern *regexp.Regexp) (Kern
 	if err != nil {
 		return Kernel{}, err
 	}
-	return openKernel(name, dir)
+	k, err := openKernel(dir)
+	k.Name, k.Package, k.Version = name, pkg, version
+	return k, err
 }
 
 // newer compares the versions inside two package names as dpkg would.
@@ -186,11 +191,11 @@ func unpackKernel(ctx context.Context, src aptSource, pkg, version, dir string) 
 			return err
 		}
 	}
-	return nil
+	return src.copyLists(filepath.Join(dir, "lists"))
 }
 
 // openKernel looks at an unpacked kernel.
-func openKernel(name, dir string) (Kernel, error) {
+func openKernel(dir string) (Kernel, error) {
 	one := func(patterns ...string) (string, error) {
 		for _, p := range patterns {
 			m, err := filepath.Glob(filepath.Join(dir, p))
@@ -215,5 +220,9 @@ func openKernel(name, dir string) (Kernel, error) {
 	if err != nil {
 		return Kernel{}, err
 	}
-	return Kernel{Name: name, Release: filepath.Base(modules), Image: image, Modules: modules, Dir: dir, Debs: debs}, nil
+	lists, err := filepath.Glob(filepath.Join(dir, "lists/*"))
+	if err != nil {
+		return Kernel{}, err
+	}
+	return Kernel{Lists: lists, Release: filepath.Base(modules), Image: image, Modules: modules, Dir: dir, Debs: debs}, nil
 }

@@ -1,4 +1,5 @@
-// Command vminit is the first process of the guests that package vm starts.
+// Command vminit is the first process of the guests that package vm starts, and
+// in Debian guests the service that runs the script.
 package main
 
 import (
@@ -9,9 +10,11 @@ import (
 )
 
 func main() {
-	if os.Getpid() != 1 {
-		fmt.Fprintln(os.Stderr, "vminit: runs only as process 1 of a guest")
-		os.Exit(2)
+	if os.Getpid() == 1 {
+		guest.Init()
 	}
-	guest.Init()
+	if err := guest.Runner(); err != nil {
+		fmt.Fprintln(os.Stderr, "vminit:", err)
+		os.Exit(1)
+	}
 }

@@ -39,12 +39,6 @@ type Config struct {
 	Debian  *Debian
 }
 
-// Debian makes the first process hand over to the system on the first disk.
-type Debian struct {
-	Overlay bool   // false: the root file system is used read-write as it is
-	Init    string // the program that becomes process 1
-}
-
 // ReadConfig reads and removes the configuration.
 func ReadConfig() (Config, error) {
 	var c Config
