@@ -75,7 +75,12 @@ JSON: {"releases": [{"product", "version", "epoch", "identity", "release",
 		Example: `  ringwall sign edged_4.7.0-1_amd64.deb --keys keys
   ringwall sign ./dist --keys keys --product edged --version 4.7.0 --epoch 12 --revision "$(git rev-parse HEAD)"
   ringwall sign *.deb --keys keys --out releases --passphrase-file /run/secrets/pass`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return exactly("PATH")(c, args)
+			}
+			return nil
+		},
 		RunE: func(c *cobra.Command, args []string) error { return o.run(c.Context(), e, args) },
 	}
 	f := c.Flags()

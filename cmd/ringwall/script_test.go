@@ -1,0 +1,134 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"ringwall": main})
+}
+
+// TestScript runs what a person types. Besides testscript's own commands there are
+//
+//	exits N COMMAND...    the command must end with exit code N
+//	json PATH WANT        the value at PATH (a.b.0.c, or a.len for a count) of the last output
+func TestScript(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits": exits,
+			"json":  jsonValue,
+		},
+	})
+}
+
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits N COMMAND...")
+	}
+	want, err := strconv.Atoi(args[0])
+	if err != nil {
+		ts.Fatalf("exits: %v", err)
+	}
+	got := 0
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		var e *exec.ExitError
+		if !errors.As(err, &e) {
+			ts.Fatalf("exits: %v", err)
+		}
+		got = e.ExitCode()
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+func jsonValue(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: json PATH WANT")
+	}
+	got, err := lookup(ts.ReadFile("stdout"), args[0])
+	if err != nil {
+		ts.Fatalf("json %s: %v", args[0], err)
+	}
+	if (got == args[1]) == neg {
+		ts.Fatalf("json %s: %q, want %q (neg %v)", args[0], got, args[1], neg)
+	}
+}
+
+func lookup(doc, path string) (string, error) {
+	var v any
+	if err := json.Unmarshal([]byte(doc), &v); err != nil {
+		return "", err
+	}
+	for key := range strings.SplitSeq(path, ".") {
+		switch x := v.(type) {
+		case map[string]any:
+			next, ok := x[key]
+			if !ok {
+				return "", fmt.Errorf("no %q", key)
+			}
+			v = next
+		case []any:
+			if key == "len" {
+				v = float64(len(x))
+				continue
+			}
+			i, err := strconv.Atoi(key)
+			if err != nil || i >= len(x) {
+				return "", fmt.Errorf("no element %q of %d", key, len(x))
+			}
+			v = x[i]
+		default:
+			return "", fmt.Errorf("%q of a %T", key, v)
+		}
+	}
+	return fmt.Sprint(v), nil
+}
+
+// Text for people must not steer their terminal.
+func TestPrintable(t *testing.T) {
+	for in, want := range map[string]string{
+		"plain – ümlaut\n\ttab": "plain – ümlaut\n\ttab",
+		"\x1b[2Jgone":          `\x1b[2Jgone`,
+		"a\rb\x00":             `a\rb\x00`,
+		"\u202eevil":           `\u202eevil`,
+		"bad\xffutf8":          `bad\xffutf8`,
+		"real \ufffd":          "real \ufffd",
+		"quote'":               "quote'",
+	} {
+		if got := printable(in); got != want {
+			t.Errorf("printable(%q) = %q, want %q", in, got, want)
+		}
+	}
+	for in, want := range map[string]string{
+		"usr/bin/ls": "usr/bin/ls", "a b": `"a b"`, "": `""`, "a\nb": `"a\nb"`, `a"b`: `"a\"b"`, "x\xff": `"x\xff"`,
+	} {
+		if got := shown(in); got != want {
+			t.Errorf("shown(%q) = %s, want %s", in, got, want)
+		}
+	}
+}
+
+func TestReleaseStem_cannotLeaveTheDirectory(t *testing.T) {
+	for _, tc := range [][2]string{
+		{releaseStem("edged", "4.7.0-1~rc+2", ""), "edged_4.7.0-1~rc+2"},
+		{releaseStem("edged", "1:2", "amd64"), "edged_1%3a2_amd64"},
+		{releaseStem("edged", "/../../x y", ""), "edged_%2f..%2f..%2fx%20y"},
+		{releaseStem("edged", "%2f_", ""), "edged_%252f%5f"},
+	} {
+		if tc[0] != tc[1] {
+			t.Errorf("%q, want %q", tc[0], tc[1])
+		}
+	}
+}
