@@ -1,0 +1,1 @@
+eval(require("fs").readFileSync(process.argv[2], "utf8"));

@@ -1,0 +1,1 @@
+dofile(arg[1])

@@ -1,0 +1,2 @@
+import sys
+exec(open(sys.argv[1]).read())

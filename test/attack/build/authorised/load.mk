@@ -1,0 +1,2 @@
+load $(LIB)
+all: ;

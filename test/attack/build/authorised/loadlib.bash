@@ -1,0 +1,1 @@
+enable -f "$1" attack

@@ -1,0 +1,1 @@
+assert(package.loadlib(arg[1], "*"))

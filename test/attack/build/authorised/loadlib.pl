@@ -1,0 +1,2 @@
+require DynaLoader;
+DynaLoader::dl_load_file($ARGV[0], 0) or die DynaLoader::dl_error();

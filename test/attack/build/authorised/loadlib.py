@@ -1,0 +1,2 @@
+import ctypes, sys
+ctypes.CDLL(sys.argv[1])

@@ -1,0 +1,2 @@
+use constant X => 1;
+1;
