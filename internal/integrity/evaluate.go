@@ -231,7 +231,7 @@ func (x *index) consider(g *grant, by int, rule int32, value string, kinds, want
 	}
 	to := &g.other
 	switch {
-	case !r.Until.IsZero() && !now.Before(r.Until):
+	case r.ends(now):
 		if kinds&want == 0 {
 			return
 		}
@@ -388,7 +388,7 @@ func (x *index) vouches(m *Membership, now time.Time) bool {
 	}
 	holds := func(r int32) bool {
 		a := &x.p.Allow[r]
-		return a.Supplement == "" && (a.Kinds == 0 || a.Kinds.Has(KindExec)) && (a.Until.IsZero() || now.Before(a.Until))
+		return a.Supplement == "" && (a.Kinds == 0 || a.Kinds.Has(KindExec)) && !a.ends(now)
 	}
 	o := m.Origin
 	if !o.Release.IsZero() {

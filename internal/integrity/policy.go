@@ -75,6 +75,9 @@ type AllowRule struct {
 	Supplement string
 }
 
+// ends reports whether r is an exception that is over.
+func (r *AllowRule) ends(now time.Time) bool { return !r.Until.IsZero() && !now.Before(r.Until) }
+
 // Unclassified is what a bare digest is authorised for when its rule names no kinds.
 const Unclassified = KindSet(1<<KindExec | 1<<KindLibrary | 1<<KindScript)
 

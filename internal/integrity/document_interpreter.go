@@ -1,0 +1,116 @@
+package integrity
+
+import (
+	"fmt"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+func (d *document) interpreter(n *yaml.Node, where string) {
+	var r InterpreterRule
+	d.mapping(n, where, []field{
+		{"name", true, func(n *yaml.Node, where string) {
+			r.Name = d.unique(n, where, d.interpreterLine)
+			if len(r.Name) > maxShortName {
+				d.problem(n, where, "too long", fmt.Sprintf("at most %d bytes", maxShortName))
+			}
+		}},
+		{"match", true, func(n *yaml.Node, where string) {
+			d.list(n, where, maxMatches, func(n *yaml.Node, where string) { r.Match = append(r.Match, d.match(n, where)) })
+			d.notEmpty(n, where)
+		}},
+		{"reads", true, func(n *yaml.Node, where string) {
+			switch d.word(n, where, []string{"any", "code", "strict"}) {
+			case "code":
+				r.Reads = ReadsCode
+			case "strict":
+				r.Reads = ReadsStrict
+			}
+		}},
+		{"inline", true, func(n *yaml.Node, where string) {
+			switch d.word(n, where, []string{"allow", "audit", "deny"}) {
+			case "audit":
+				r.Inline = ModeAudit
+			case "deny":
+				r.Inline = ModeEnforce
+			}
+		}},
+		{"stdin", false, func(n *yaml.Node, where string) { r.Stdin = d.stdin(n, where) }},
+		{"options", false, func(n *yaml.Node, where string) { d.options(n, where, &r.Interpreter) }},
+		{"suffixes", false, func(n *yaml.Node, where string) {
+			r.CodeSuffix = d.texts(n, where, maxSuffixes, func(s string) (string, string) {
+				if len(s) > maxSuffix || strings.Contains(s, "/") {
+					return "`" + clip(s) + "` is no suffix", fmt.Sprintf("1 to %d bytes, as in .py", maxSuffix)
+				}
+				return "", ""
+			})
+		}},
+		{"data", false, func(n *yaml.Node, where string) {
+			r.DataPaths = d.texts(n, where, maxDataPaths, func(s string) (string, string) {
+				switch {
+				case !strings.HasPrefix(s, "/") || len(s) > maxDataPath:
+					return "`" + clip(s) + "` is no data path", fmt.Sprintf("an absolute path of at most %d bytes; a directory ends in a slash", maxDataPath)
+				case strings.ContainsAny(s, "*?["):
+					return "`" + clip(s) + "` has a wildcard", "name the directory, with a slash at its end"
+				case s == "/":
+					return "everything would be data", "use `reads: code`"
+				}
+				return "", ""
+			})
+		}},
+	})
+	if r.Reads != ReadsStrict && len(r.DataPaths) > 0 {
+		d.problem(n, where, "data only matters with `reads: strict`", "remove it, or change reads")
+	}
+	d.p.Interpreters = append(d.p.Interpreters, r)
+}
+
+func (d *document) stdin(n *yaml.Node, where string) Stdin {
+	var out Stdin
+	forms := []string{"tty", "pipe", "file", "socket", "null"} // in the order of their bits
+	d.list(n, where, len(forms), func(n *yaml.Node, where string) {
+		w := d.word(n, where, forms)
+		for i, f := range forms {
+			if f == w {
+				out |= StdinTTY << i
+			}
+		}
+	})
+	return out
+}
+
+func (d *document) options(n *yaml.Node, where string, r *Interpreter) {
+	letters := func(to *string) func(*yaml.Node, string) {
+		return func(n *yaml.Node, where string) {
+			if n.Kind == yaml.ScalarNode && n.Value == "" {
+				return
+			}
+			s, _ := d.text(n, where)
+			for i, c := range s {
+				if c <= ' ' || c > '~' || c == '-' || strings.ContainsRune(s[:i], c) {
+					d.problem(n, where, "must be option letters, each once", `as in "ce"`)
+					return
+				}
+			}
+			*to = s
+		}
+	}
+	long := func(to *[]string) func(*yaml.Node, string) {
+		return func(n *yaml.Node, where string) {
+			*to = d.texts(n, where, maxOptions, func(s string) (string, string) {
+				if len(s) > maxOption || len(s) < 3 || !strings.HasPrefix(s, "--") || strings.ContainsAny(s, "= ") {
+					return "`" + clip(s) + "` is no long option", fmt.Sprintf("with both dashes and at most %d bytes, as in --eval", maxOption)
+				}
+				return "", ""
+			})
+		}
+	}
+	d.mapping(n, where, []field{
+		{"inline", false, letters(&r.InlineFlags)},
+		{"argument", false, letters(&r.ArgFlags)},
+		{"stdin", false, letters(&r.StdinFlags)},
+		{"inline_long", false, long(&r.InlineLong)},
+		{"argument_long", false, long(&r.ArgLong)},
+	})
+}
