@@ -159,6 +159,10 @@ func moduleDepends(data []byte) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parseModinfo(info), nil
+}
+
+func parseModinfo(info []byte) []string {
 	var deps []string
 	for item := range strings.SplitSeq(string(info), "\x00") {
 		if v, ok := strings.CutPrefix(item, "depends="); ok && v != "" {
@@ -169,5 +173,5 @@ func moduleDepends(data []byte) ([]string, error) {
 			deps = append(deps, strings.Fields(pre)...)
 		}
 	}
-	return deps, nil
+	return deps
 }
