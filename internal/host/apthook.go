@@ -73,7 +73,7 @@ func parseAptHook(in *hookLines) ([]AptDeb, error) {
 	if !in.next() {
 		return nil, nil // version 1 with nothing to unpack
 	}
-	fields := 0
+	var fields int
 	switch first := in.Text(); {
 	case first == "VERSION 2":
 		fields = 5

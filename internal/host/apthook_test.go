@@ -87,7 +87,7 @@ func TestParseAptHook_apt(t *testing.T) {
 	for version := range map[string]bool{"1": true, "2": true, "3": true} {
 		said := filepath.Join(dir, "said-"+version)
 		hook := filepath.Join(dir, "hook-"+version)
-		if err := os.WriteFile(hook, []byte("#!/bin/sh\ncat >"+said+"\n"), 0o700); err != nil { //nolint:gosec // a script
+		if err := os.WriteFile(hook, []byte("#!/bin/sh\ncat >"+said+"\n"), 0o700); err != nil {
 			t.Fatal(err)
 		}
 		conf := filepath.Join(dir, "conf-"+version)

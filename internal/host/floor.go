@@ -332,7 +332,9 @@ func lockedDir(dir string, fn func() error) error {
 		return kindOf(err)
 	}
 	defer d.Close()
-	for end := time.Now().Add(floorLockWait); ; time.Sleep(5 * time.Millisecond) {
+	again := time.NewTicker(5 * time.Millisecond)
+	defer again.Stop()
+	for end := time.Now().Add(floorLockWait); ; <-again.C {
 		err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return fn()

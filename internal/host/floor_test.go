@@ -47,7 +47,7 @@ func startTPM(t *testing.T) *emulator {
 func (e *emulator) start() {
 	e.t.Helper()
 	_ = os.Remove(e.path)
-	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir, "--server", "type=unixio,path="+e.path, "--flags", "not-need-init,startup-clear") //nolint:noctx // ends with the test
+	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir, "--server", "type=unixio,path="+e.path, "--flags", "not-need-init,startup-clear") // ends with the test
 	if err := e.cmd.Start(); err != nil {
 		e.t.Fatal(err)
 	}
@@ -440,7 +440,7 @@ func TestFloor_fullDisk(t *testing.T) {
 		if err := exec.CommandContext(t.Context(), "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", dir).Run(); err != nil {
 			t.Skip("SKIP: cannot mount a small tmpfs:", err)
 		}
-		defer func() { _ = exec.Command("umount", dir).Run() }() //nolint:noctx // cleaning up
+		defer func() { _ = exec.Command("umount", dir).Run() }()
 		f, err := InitFloor(dir, NoTPM, nil)
 		if err != nil {
 			t.Fatal(err)

@@ -219,12 +219,16 @@ func (k KernelFacts) Missing() []Problem {
 func (k KernelFacts) Warnings() []Problem {
 	var out []Problem
 	if k.IMAPolicy == Yes {
-		out = append(out, Problem{"IMA policy", "an IMA policy is loaded: on overlay file systems IMA may then answer with a digest from before a change",
-			"boot without ima_policy= or do not run code from overlay file systems"})
+		out = append(out, Problem{
+			"IMA policy", "an IMA policy is loaded: on overlay file systems IMA may then answer with a digest from before a change",
+			"boot without ima_policy= or do not run code from overlay file systems",
+		})
 	}
 	if k.SecureBoot != Yes {
-		out = append(out, Problem{"Secure Boot", "whoever can write the boot disk can boot another kernel or command line",
-			"switch on Secure Boot and sign a unified kernel image"})
+		out = append(out, Problem{
+			"Secure Boot", "whoever can write the boot disk can boot another kernel or command line",
+			"switch on Secure Boot and sign a unified kernel image",
+		})
 	}
 	if k.Lockdown != "integrity" && k.Lockdown != "confidentiality" {
 		out = append(out, Problem{"lockdown", "root may reach kernel memory by interfaces that no LSM hook sees", "boot with lockdown=integrity"})

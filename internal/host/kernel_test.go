@@ -1,6 +1,7 @@
 package host
 
 import (
+	"maps"
 	"reflect"
 	"strings"
 	"testing"
@@ -26,10 +27,7 @@ func TestProbeFS(t *testing.T) {
 		"sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c": "\x06\x00\x00\x00\x01",
 	}
 	with := func(kv ...string) map[string]string {
-		m := map[string]string{}
-		for k, v := range good {
-			m[k] = v
-		}
+		m := maps.Clone(good)
 		for i := 0; i < len(kv); i += 2 {
 			if kv[i+1] == "-" {
 				delete(m, kv[i])
@@ -50,10 +48,16 @@ func TestProbeFS(t *testing.T) {
 		{"too old", "5.10.0-33-amd64", good, []string{"kernel 6.1 or newer"}, "linux-image-amd64", 0},
 		{"6.0", "6.0.12", good, []string{"kernel 6.1 or newer"}, "", 0},
 		{"nonsense release", "banana", good, []string{"kernel version"}, "", 0},
-		{"no bpf in lsm", "6.8.0-45-generic", with("sys/kernel/security/lsm", "lockdown,capability,apparmor\n"),
-			[]string{"bpf in the LSM list"}, "lsm=lockdown,capability,apparmor,bpf", 0},
-		{"no securityfs", "6.12.1", with("sys/kernel/security/lsm", "-", "sys/kernel/security/lockdown", "-", "sys/kernel/security/ima/runtime_measurements_count", "-"),
-			[]string{"securityfs"}, "mount -t securityfs", 1},
+		{
+			"no bpf in lsm", "6.8.0-45-generic", with("sys/kernel/security/lsm", "lockdown,capability,apparmor\n"),
+			[]string{"bpf in the LSM list"},
+			"lsm=lockdown,capability,apparmor,bpf", 0,
+		},
+		{
+			"no securityfs", "6.12.1", with("sys/kernel/security/lsm", "-", "sys/kernel/security/lockdown", "-", "sys/kernel/security/ima/runtime_measurements_count", "-"),
+			[]string{"securityfs"},
+			"mount -t securityfs", 1,
+		},
 		{"no BTF", "6.12.1", with("sys/kernel/btf/vmlinux", "-"), []string{"BTF"}, "CONFIG_DEBUG_INFO_BTF", 0},
 		{"ftrace off", "6.12.1", with("proc/sys/kernel/ftrace_enabled", "0\n"), []string{"kernel.ftrace_enabled"}, "sysctl", 0},
 		{"no IMA", "6.12.1", with("sys/kernel/security/ima/runtime_measurements_count", "-"), []string{"IMA"}, "CONFIG_IMA", 0},

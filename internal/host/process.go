@@ -194,10 +194,10 @@ func ParsePasswd(b []byte) map[uint32]string {
 			continue
 		}
 		uid, err := strconv.ParseUint(f[2], 10, 32)
-		if _, dup := out[uint32(uid)]; err != nil || dup { //nolint:gosec // 32 bits
+		if _, dup := out[uint32(uid)]; err != nil || dup {
 			continue
 		}
-		out[uint32(uid)] = f[0] //nolint:gosec // 32 bits
+		out[uint32(uid)] = f[0]
 	}
 	return out
 }
@@ -262,9 +262,11 @@ func parseMount(line string) (m Mount, ok bool) {
 	if e1 != nil || e2 != nil || e3 != nil || e4 != nil {
 		return m, false
 	}
-	return Mount{ID: a, Parent: b, Major: uint32(c), Minor: uint32(d), //nolint:gosec // 32 bits
+	return Mount{
+		ID: a, Parent: b, Major: uint32(c), Minor: uint32(d),
 		Root: unescapeMount(f[3]), Point: unescapeMount(f[4]), Options: f[5],
-		Type: g[0], Source: unescapeMount(g[1]), Super: g[2]}, true
+		Type: g[0], Source: unescapeMount(g[1]), Super: g[2],
+	}, true
 }
 
 // unescapeMount undoes the kernel's \ooo for space, tab, newline and backslash.

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"ringwall/internal/errs"
@@ -146,12 +147,7 @@ func (f bootFile) install(root string, r *BootReport) error {
 
 func (r *BootReport) changed(f bootFile) {
 	r.Changed = append(r.Changed, "/"+f.path)
-	for _, n := range r.Next {
-		if n == f.next {
-			return
-		}
-	}
-	if f.next != "" {
+	if f.next != "" && !slices.Contains(r.Next, f.next) {
 		r.Next = append(r.Next, f.next)
 	}
 }

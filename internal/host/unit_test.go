@@ -139,8 +139,10 @@ func TestUnitVerifies(t *testing.T) {
 
 func TestUnitMakesNoMountNamespace(t *testing.T) {
 	for line := range strings.Lines(unitText) {
-		for _, bad := range []string{"Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "BindPaths", "BindReadOnly", "RootDirectory",
-			"TemporaryFileSystem", "RuntimeDirectory", "MountFlags", "DynamicUser", "MountAPIVFS", "RootImage", "NoExecPaths", "ExecPaths"} {
+		for _, bad := range []string{
+			"Protect", "Private", "ReadOnly", "ReadWrite", "Inaccessible", "BindPaths", "BindReadOnly", "RootDirectory",
+			"TemporaryFileSystem", "RuntimeDirectory", "MountFlags", "DynamicUser", "MountAPIVFS", "RootImage", "NoExecPaths", "ExecPaths",
+		} {
 			if strings.HasPrefix(line, bad) {
 				t.Errorf("%sthe agent's bpffs would end with it", line)
 			}

@@ -135,8 +135,8 @@ func dmAsk(f *os.File, command, flags uint32, dev uint64) ([]byte, error) {
 }
 
 func dmIoctl(f *os.File, command uint32, b []byte) error {
-	request := uintptr(3<<30 | dmHeadLen<<16 | 0xfd<<8 | command) // _IOWR
-	_, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(unsafe.Pointer(&b[0])))
+	request := uintptr(3<<30 | dmHeadLen<<16 | 0xfd<<8 | command)                            // _IOWR
+	_, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(unsafe.Pointer(&b[0]))) //nolint:gosec // the ioctl takes a pointer; b lives until it returns
 	if e != 0 {
 		return fmt.Errorf("device mapper command %d: %w", command, e)
 	}

@@ -25,9 +25,9 @@ func verityParams(more string) string {
 
 // dmAnswer is an answer as the kernel lays it out.
 func dmAnswer(flags uint32, targets ...dmTarget) []byte {
-	b := make([]byte, dmHeadLen)
+	b := append([]byte(nil), make([]byte, dmHeadLen)...)
 	for _, x := range targets {
-		s := make([]byte, dmSpecLen)
+		s := append([]byte(nil), make([]byte, dmSpecLen)...)
 		binary.NativeEndian.PutUint64(s, x.start)
 		binary.NativeEndian.PutUint64(s[8:], x.length)
 		copy(s[24:], x.kind)
@@ -211,7 +211,7 @@ func TestVerityVolumes_kernel(t *testing.T) {
 	// That the number is the one that a file on it would have, and that the
 	// kernel agrees with the root.
 	node := filepath.Join(t.TempDir(), "dev")
-	if err := unix.Mknod(node, unix.S_IFBLK|0o600, int(dev)); err != nil { //nolint:gosec // a device number
+	if err := unix.Mknod(node, unix.S_IFBLK|0o600, int(dev)); err != nil {
 		t.Fatal(err)
 	}
 	if got, err := os.ReadFile(node); err != nil || !bytes.Equal(got, data) {
@@ -283,7 +283,7 @@ func loadTable(f *os.File, name string, targets ...dmTarget) error {
 	at, end := dmHeadLen, 0
 	for range targets { // here the offset counts from the target itself
 		next := int(binary.NativeEndian.Uint32(table[at+20:]))
-		binary.NativeEndian.PutUint32(table[at+20:], uint32(next-end)) //nolint:gosec // small
+		binary.NativeEndian.PutUint32(table[at+20:], uint32(next-end))
 		at, end = dmHeadLen+next, next
 	}
 	_, err := dmDo(f, load, readOnly, name, table)
