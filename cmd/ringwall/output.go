@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
 )
 
 // The exit codes; newExitCodesTopic explains them to people.
@@ -103,6 +104,14 @@ func exitCode(err error) int {
 // fail prints an error in one line and returns its exit code.
 func (e *env) fail(err error) int {
 	if err != nil {
+		var problems *integrity.ParseError
+		if errors.As(err, &problems) {
+			first := *problems
+			first.Problems, first.More = problems.Problems[:1], 0
+			if n := len(problems.Problems) + problems.More - 1; n > 0 {
+				err = hint(&first, "and %d more: ringwall policy check lists them", n)
+			}
+		}
 		msg := strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), "; ")
 		fmt.Fprintf(e.stderr, "ringwall: %s\n", printable(msg))
 	}

@@ -100,12 +100,12 @@ func lookup(doc, path string) (string, error) {
 func TestPrintable(t *testing.T) {
 	for in, want := range map[string]string{
 		"plain – ümlaut\n\ttab": "plain – ümlaut\n\ttab",
-		"\x1b[2Jgone":          `\x1b[2Jgone`,
-		"a\rb\x00":             `a\rb\x00`,
-		"\u202eevil":           `\u202eevil`,
-		"bad\xffutf8":          `bad\xffutf8`,
-		"real \ufffd":          "real \ufffd",
-		"quote'":               "quote'",
+		"\x1b[2Jgone":           `\x1b[2Jgone`,
+		"a\rb\x00":              `a\rb\x00`,
+		"\u202eevil":            `\u202eevil`,
+		"bad\xffutf8":           `bad\xffutf8`,
+		"real \ufffd":           "real \ufffd",
+		"quote'":                "quote'",
 	} {
 		if got := printable(in); got != want {
 			t.Errorf("printable(%q) = %q, want %q", in, got, want)

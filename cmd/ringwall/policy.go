@@ -1,0 +1,229 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ringwall/internal/codesign"
+	"ringwall/internal/errs"
+	"ringwall/internal/host"
+	"ringwall/internal/integrity"
+	"ringwall/internal/pki"
+)
+
+func newPolicyCommand(e *env) *cobra.Command {
+	return newGroup("policy", groupPolicy, "Write, check, try and sign policies",
+		`A policy says whose software runs on a host, and what happens to the rest. It is
+YAML, becomes valid by being signed, and reaches a host by ringwall host apply.
+
+From nothing: policy init, policy check, policy simulate on the host, policy
+sign, host apply; in audit mode first, then in enforce mode.`,
+		newPolicyInitCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
+		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicySignCommand(e))
+}
+
+// checkedPolicy is the result of reading one policy document.
+type checkedPolicy struct {
+	File     string              `json:"file"`
+	OK       bool                `json:"ok"`
+	Name     string              `json:"name,omitempty"`
+	Epoch    uint64              `json:"epoch,omitempty"`
+	Problems []integrity.Problem `json:"problems"`
+	Warnings []string            `json:"warnings"`
+}
+
+func newPolicyCheckCommand(e *env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "check FILE...",
+		Short: "Say everything that is wrong with a policy",
+		Long: `Reads policies as strictly as a host does and lists every problem with its place
+and what to do; warnings are about what is allowed but rarely meant.
+
+JSON: {"policies": [{"file", "ok", "name", "epoch", "problems": [{"line",
+"column", "path", "text", "fix"}], "warnings"}]}`,
+		Example: "  ringwall policy check base.yaml extra.yaml",
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return exactly("FILE")(c, args)
+			}
+			return nil
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			out := struct {
+				Policies []checkedPolicy `json:"policies"`
+			}{}
+			bad := 0
+			for _, f := range args {
+				r := checkedPolicy{File: f, Problems: []integrity.Problem{}, Warnings: []string{}}
+				p, err := loadPolicy(f)
+				var problems *integrity.ParseError
+				switch {
+				case errors.As(err, &problems):
+					bad++
+					r.Problems = problems.Problems
+				case err != nil:
+					return err
+				default:
+					r.OK, r.Name, r.Epoch = true, p.Name, p.Epoch
+					r.Warnings = append(r.Warnings, lint(p, e.now())...)
+				}
+				out.Policies = append(out.Policies, r)
+			}
+			if err := e.emit(out, func(w io.Writer) {
+				for i := range out.Policies {
+					out.Policies[i].write(w)
+				}
+			}); err != nil {
+				return err
+			}
+			if bad > 0 {
+				return fmt.Errorf("%d of %d policies are not valid: %w", bad, len(args), errs.Invalid)
+			}
+			return nil
+		},
+	}
+}
+
+func (r *checkedPolicy) write(w io.Writer) {
+	for _, p := range r.Problems {
+		fmt.Fprint(w, r.File)
+		if p.Line > 0 {
+			fmt.Fprintf(w, ":%d:%d", p.Line, p.Column)
+		}
+		if p.Path != "" {
+			fmt.Fprintf(w, ": %s", p.Path)
+		}
+		fmt.Fprintf(w, ": %s\n", p.Text)
+		if p.Fix != "" {
+			fmt.Fprintf(w, "  fix: %s\n", p.Fix)
+		}
+	}
+	if r.OK {
+		fmt.Fprintf(w, "%s: policy %s, epoch %d, is valid\n", r.File, r.Name, r.Epoch)
+	}
+	for _, x := range r.Warnings {
+		fmt.Fprintf(w, "  warning: %s\n", x)
+	}
+}
+
+// lint says what a valid policy probably does not mean.
+func lint(p *integrity.Policy, now time.Time) []string {
+	var out []string
+	warn := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	if len(p.Allow) == 0 {
+		warn("no rule allows anything")
+	}
+	for i := range p.Allow {
+		if r := &p.Allow[i]; !r.Until.IsZero() && !now.Before(r.Until) {
+			warn("exception %s ended %s", r.Rule, r.Until.UTC().Format(time.RFC3339))
+		}
+	}
+	if p.Supplements != "" {
+		return out
+	}
+	if len(codesign.Roots(p.Trust, codesign.SignsPolicy).CAs) == 0 {
+		warn("it trusts nobody to sign policies: a host could never get another one")
+	}
+	if len(p.Trust.Authorities) > 0 && len(p.Trust.Timestamps) == 0 {
+		warn("it trusts no timestamp authority: nothing that is signed will verify")
+	}
+	for _, a := range p.Trust.Authorities {
+		if a.Certificate != nil && now.After(a.Certificate.NotAfter) {
+			warn("the certificate of %s ended %s: what it signs from then on does not verify", a.Name, a.Certificate.NotAfter.Format(time.DateOnly))
+		}
+	}
+	for _, k := range []integrity.Kind{integrity.KindExec, integrity.KindLibrary, integrity.KindModule} {
+		if p.Modes[k] == integrity.ModeOff {
+			warn("mode of %s is off: it is not even logged", k)
+		}
+	}
+	return out
+}
+
+func newPolicySignCommand(e *env) *cobra.Command {
+	var keys, passphraseFile, identity, out string
+	var force bool
+	c := &cobra.Command{
+		Use:   "sign FILE --keys DIR",
+		Short: "Sign a policy",
+		Long: `Checks a policy and signs it, byte by byte, comments included. Unless --identity
+says otherwise the signer is spiffe://FLEET.internal/policy/main, FLEET being the
+authority's name.
+
+JSON: {"file", "name", "epoch", "sha256", "identity", "warnings"}`,
+		Example: `  ringwall policy sign base.yaml --keys keys
+  ringwall policy sign base.yaml --keys keys --identity spiffe://fleet.example/policy/ops -o base-12.policy.json`,
+		Args: exactly("FILE"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			doc, err := readBounded(args[0], maxPolicyFile)
+			if err != nil {
+				return fmt.Errorf("policy: %w", err)
+			}
+			p, err := integrity.ParseNamed(args[0], doc)
+			if err != nil {
+				return err
+			}
+			if out == "" {
+				out = strings.TrimSuffix(strings.TrimSuffix(args[0], ".yml"), ".yaml") + extPolicy
+			}
+			if !force && exists(out) {
+				return hint(fmt.Errorf("%s is there already: %w", out, errs.Conflict), "--force overwrites it, -o chooses another name")
+			}
+			a, err := loadAuthority(e, keys, passphraseFile)
+			if err != nil {
+				return err
+			}
+			if identity == "" {
+				identity = defaultIdentity(a, pki.PurposePolicy)
+			}
+			s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposePolicy, Identity: identity, Now: e.now()})
+			if err != nil {
+				return err
+			}
+			bundle, err := codesign.SignPolicy(s, doc)
+			if err != nil {
+				return err
+			}
+			signed, err := codesign.VerifyPolicy(bundle, a.Roots(pki.PurposePolicy))
+			if err != nil {
+				return err
+			}
+			if err := host.WriteFile(out, bundle, 0o644); err != nil {
+				return err
+			}
+			warnings := append([]string{}, lint(p, e.now())...)
+			if p.Supplements == "" && !slices.ContainsFunc(p.Trust.Authorities, func(t integrity.Authority) bool {
+				return t.Certificate.Equal(a.Issuers[pki.PurposePolicy].Cert) && slices.Contains(t.Signs, codesign.SignsPolicy)
+			}) {
+				warnings = append(warnings, "it does not trust the authority that signs it: the next policy must come from another one")
+			}
+			return e.emit(struct {
+				File     string   `json:"file"`
+				Name     string   `json:"name"`
+				Epoch    uint64   `json:"epoch"`
+				SHA256   string   `json:"sha256"`
+				Identity string   `json:"identity"`
+				Warnings []string `json:"warnings"`
+			}{out, p.Name, p.Epoch, signed.Digest.String(), identity, warnings}, func(w io.Writer) {
+				fmt.Fprintf(w, "signed policy %s, epoch %d, as %s\n  %s\n", p.Name, p.Epoch, identity, shown(out))
+				for _, x := range warnings {
+					fmt.Fprintf(w, "  warning: %s\n", x)
+				}
+			})
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&keys, "keys", "", "the authority's `DIR`, with the keys policy-ca and tsa")
+	passphraseFlag(c, &passphraseFile)
+	f.StringVar(&identity, "identity", "", "who signs, as a `URI`")
+	f.StringVarP(&out, "out", "o", "", "write to `FILE` (default: the policy's name with .policy.json)")
+	f.BoolVar(&force, "force", false, "overwrite a file that is there already")
+	require(c, "keys")
+	return c
+}
