@@ -144,11 +144,11 @@ func (a *attempt) code(language string) string {
 	m, t := a.Marker, a.Token
 	switch language {
 	case "sh":
-		return fmt.Sprintf("printf %%s %s >%s\n", t, m)
+		return fmt.Sprintf("echo %s >%s\n", t, m)
 	case "python":
 		return fmt.Sprintf("open(%q,'w').write(%q)\n", m, t)
 	case "perl":
-		return fmt.Sprintf("open(my $f,'>','%s');print $f '%s';close $f;1;\n", m, t)
+		return fmt.Sprintf("open(F,'>','%s');print{F}'%s';close(F);1;\n", m, t) // no blanks: PERL5OPT splits at them
 	case "lua":
 		return fmt.Sprintf("local f=io.open('%s','w') f:write('%s') f:close()\n", m, t)
 	case "awk":

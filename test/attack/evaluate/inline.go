@@ -170,7 +170,7 @@ func inline() []technique {
 			return a.run("awk", fmt.Sprintf(`BEGIN{system("%s")}`, strings.TrimSpace(a.code("sh"))))
 		}},
 		arg("inline-sed", "sh", "sed 1e", "sed", "-n", "1e CODE", "/etc/hostname"),
-		arg("inline-make-eval", "sh", "make --eval", "make", "--eval=all: ; @CODE", "-f", "KIT/authorised/noop.mk"),
+		arg("inline-make-eval", "sh", "make --eval", "make", "--eval=attack: ; @CODE", "-f", "KIT/authorised/noop.mk", "attack"),
 		arg("inline-make-variable", "sh", "command variable of an authorised makefile", "make", "-f", "KIT/authorised/shell.mk", "COMMAND=CODE"),
 		arg("inline-find", "sh", "find -exec sh -c", "find", "/etc/hostname", "-exec", "sh", "-c", "CODE", ";"),
 		arg("inline-xargs", "sh", "xargs sh -c", "xargs", "-a", "/etc/hostname", "sh", "-c", "CODE"),
@@ -182,20 +182,19 @@ func inline() []technique {
 		arg("inline-split", "sh", "split --filter", "split", "--filter=CODE", "/etc/hostname"),
 		arg("inline-watch", "sh", "watch", "watch", "-g", "-n1", "CODE; date +%N"),
 		arg("inline-git-alias", "sh", "git alias", "git", "-c", "alias.x=!CODE;:", "x"),
-		arg("inline-ssh-proxy", "sh", "ssh ProxyCommand", "ssh", "-o", "ProxyCommand=CODE", "-o", "BatchMode=yes", "nobody@localhost"),
+		arg("inline-ssh-proxy", "sh", "ssh ProxyCommand", "ssh", "-o", "ProxyCommand=sh -c 'CODE'", "-o", "BatchMode=yes", "nobody@localhost"),
 		arg("inline-vim", "sh", "vim -c", "vim", "-e", "-s", "-u", "NONE", "-c", "silent !CODE", "-c", "qa!"),
 		env("inline-perl5db", "perl", "PERL5DB", "PERL5DB", "BEGIN{CODE}sub DB::DB{}", "perl", "-d", "KIT/authorised/noop.pl"),
 		env("inline-perl5opt", "perl", "PERL5OPT with code in it", "PERL5OPT", "-Mconstant;CODE", "perl", "KIT/authorised/noop.pl"),
 		env("inline-lua-init", "lua", "LUA_INIT with code in it", "LUA_INIT", "CODE", "lua5.4", "KIT/authorised/noop.lua"),
 		env("inline-node-options", "node", "NODE_OPTIONS=--import data:", "NODE_OPTIONS", "--import=data:text/javascript,import{createRequire}from'module';const/**/require=createRequire('/');CODE", "node", "KIT/authorised/noop.js"),
-		{ID: "inline-makeflags", Group: 27, As: asBoth, Title: "MAKEFLAGS=--eval", Stop: byArgument, Run: func(a *attempt) error {
-			flag := fmt.Sprintf("--eval=$(file\\ >%s,%s)", a.Marker, a.Token)
+		{ID: "inline-makeflags", Group: 27, As: asBoth, Title: "function call in MAKEFLAGS", Stop: byArgument, Run: func(a *attempt) error {
+			flag := fmt.Sprintf("$(file >%s,%s)", a.Marker, a.Token)
 			return a.start(call{argv: []string{"make", "-f", a.listed("noop.mk")}, env: []string{"MAKEFLAGS=" + flag}})
 		}},
 		env("inline-bash-function", "sh", "function exported to an authorised bash script", "BASH_FUNC_attack_me%%", "() { CODE; }", "bash", "KIT/authorised/function.sh"),
 		env("inline-prompt", "sh", "PROMPT_COMMAND of an interactive bash", "PROMPT_COMMAND", "CODE", "bash", "--norc", "-i"),
 		env("inline-ps4", "sh", "PS4 of a traced bash", "PS4", "$(CODE)", "bash", "-x", "KIT/authorised/noop.sh"),
-		env("inline-pager", "sh", "PAGER of git", "GIT_PAGER", "CODE;cat", "script", "-qc", "git --version -p", "/dev/null"),
 		env("inline-git-ssh", "sh", "GIT_SSH_COMMAND", "GIT_SSH_COMMAND", "CODE;:", "git", "ls-remote", "ssh://localhost/x"),
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // language of a payload and how its interpreter takes a file.
@@ -47,7 +48,7 @@ func interpreters() []technique {
 			if err != nil {
 				return err
 			}
-			return a.run(append(append([]string{}, l.argv...), p)...)
+			return a.run(append(slices.Clone(l.argv), p)...)
 		}
 		out = append(out,
 			technique{ID: "file-" + l.name, Group: group, As: asBoth, Title: l.name + " FILE", Stop: byRead, Run: func(a *attempt) error { return run(a, l.file) }},
@@ -62,7 +63,11 @@ func interpreters() []technique {
 				if err != nil {
 					return err
 				}
-				return a.run(append(append([]string{}, l.argv...), fmt.Sprintf("/proc/self/fd/%d", fd))...)
+				argv := slices.Clone(l.argv)
+				if l.name == "node" {
+					argv = append(argv, "--preserve-symlinks-main") // or it looks for the memfd's name
+				}
+				return a.run(append(argv, fmt.Sprintf("/proc/self/fd/%d", fd))...)
 			},
 		})
 	}

@@ -52,7 +52,7 @@ func libraries() []technique {
 			return a.start(call{argv: []string{"getent", "-s", "evil", "passwd", "nobody"}, env: []string{"LD_LIBRARY_PATH=" + a.Dir}})
 		}),
 		with("openssl-engine", 14, "OpenSSL engine", func(a *attempt, lib string) error {
-			return a.run("openssl", "engine", "-t", "dynamic", "-pre", "SO_PATH:"+lib, "-pre", "LOAD")
+			return a.run("openssl", "engine", "-t", "-pre", "SO_PATH:"+lib, "-pre", "LOAD", "dynamic")
 		}),
 		with("openssl-conf", 14, "OpenSSL provider named by OPENSSL_CONF", func(a *attempt, lib string) error {
 			conf, err := a.write("c.cnf", "openssl_conf=i\n[i]\nproviders=p\n[p]\nevil=e\n[e]\nmodule="+lib+"\nactivate=1\n")

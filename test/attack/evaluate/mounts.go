@@ -168,7 +168,12 @@ func pivotedRoot(a *attempt) error {
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
-	if err := exec.Command("/bin/true").Run(); err != nil {
+	// os/exec would look for /dev/null, which is not in this root
+	p, err := os.StartProcess("/bin/true", []string{"true"}, &os.ProcAttr{})
+	if err != nil {
+		return err
+	}
+	if _, err := p.Wait(); err != nil {
 		return err
 	}
 	if !markerHolds("/marker", a.Token) {

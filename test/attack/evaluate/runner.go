@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -15,6 +16,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 type attemptPlan struct {
@@ -104,6 +107,8 @@ func (r *runner) attempt(p attemptPlan) result {
 		res.Outcome = notHere
 	case hung:
 		res.Error = fmt.Sprintf("hung: ended after %s", limit)
+	case errors.Is(err, errNoAttempt):
+		res.Outcome, res.Error = broken, err.Error()
 	case err != nil:
 		res.Error = strings.TrimSpace(err.Error() + " " + ans.Error)
 	}
@@ -132,6 +137,9 @@ func (r *runner) prepare(t technique, as who) (*attempt, error) {
 	return a, nil
 }
 
+// errNoAttempt: the attempt's process could not be started; says nothing about the host.
+var errNoAttempt = errors.New("attempt not started")
+
 // child runs the attempt and ends everything that it started.
 func (r *runner) child(a *attempt, t technique, limit time.Duration) (ans answer, pid int, hung bool, err error) {
 	arg, err := json.Marshal(a)
@@ -157,12 +165,14 @@ func (r *runner) child(a *attempt, t technique, limit time.Duration) (ans answer
 	cmd.SysProcAttr, cmd.Env, cmd.Dir = attr, a.environment(), a.Dir
 	cmd.Stdout, cmd.Stderr = &said, &wrong
 	cmd.WaitDelay = time.Second
-	err = cmd.Run()
-	if cmd.Process != nil {
-		pid = cmd.Process.Pid
-		// its session is its own, so this ends no other process
-		_ = syscall.Kill(-pid, syscall.SIGKILL)
+	if err := cmd.Start(); err != nil {
+		box.end()
+		return ans, 0, false, fmt.Errorf("%w: %w", errNoAttempt, err)
 	}
+	pid = cmd.Process.Pid
+	err = cmd.Wait()
+	// its session is its own, so this ends no other process
+	_ = syscall.Kill(-pid, syscall.SIGKILL)
 	box.end()
 	if e := json.Unmarshal(said.Bytes(), &ans); e != nil && err == nil {
 		err = fmt.Errorf("no answer: %s", &wrong)
@@ -190,7 +200,8 @@ func newCgroup(name string) *cgroup {
 			continue
 		}
 		path := filepath.Join("/sys/fs/cgroup", own, "attack-"+name)
-		if os.Mkdir(path, 0o755) != nil {
+		var fs unix.Statfs_t
+		if unix.Statfs("/sys/fs/cgroup", &fs) != nil || fs.Type != unix.CGROUP2_SUPER_MAGIC || os.Mkdir(path, 0o755) != nil {
 			return nil
 		}
 		dir, err := os.Open(path)

@@ -87,9 +87,7 @@ func startUnit(a *attempt, exec string) error {
 	if err != nil {
 		return err
 	}
-	// systemd takes % for itself
-	code := strings.ReplaceAll(strings.TrimSpace(a.code("sh")), "%", "%%")
-	line := strings.NewReplacer("PROGRAM", p, "SCRIPT", script, "CODE", code).Replace(exec)
+	line := strings.NewReplacer("PROGRAM", p, "SCRIPT", script, "CODE", strings.TrimSpace(a.code("sh"))).Replace(exec)
 	name := "attack-" + a.Token + ".service"
 	file := "/run/systemd/system/" + name
 	if err := os.MkdirAll("/run/systemd/system", 0o755); err != nil {

@@ -1,0 +1,131 @@
+// Command guest runs the attack suite in a Debian guest without Ringwall and
+// writes the results: the baseline that protected runs are compared with.
+//
+//	go run ./test/attack/guest -kernel 6.12 -o stock.jsonl
+package main
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"ringwall/internal/errs"
+	"ringwall/test/vm"
+)
+
+// packages of the guest: what the suite's techniques abuse.
+func packages() []string {
+	return append(vm.Full(), "bsdutils", "git", "logrotate", "openssh-client", "openssl", "vim-tiny", "libpam-modules")
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	err := run(ctx, os.Args[1:])
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "guest:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	f := flag.NewFlagSet("guest", flag.ContinueOnError)
+	kernel := f.String("kernel", "6.12", "kernel of the guest")
+	out := f.String("o", "", "write results here as JSON lines")
+	options := f.String("options", "", "further options of evaluate run")
+	limit := f.Duration("limit", 30*time.Minute, "time for the whole run")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if *out == "" {
+		return fmt.Errorf("-o FILE is missing: %w", errs.Invalid)
+	}
+	ctx, cancel := context.WithTimeout(ctx, *limit)
+	defer cancel()
+	kit, err := os.MkdirTemp("", "attack-kit-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(kit)
+	if said, err := exec.CommandContext(ctx, "go", "run", "ringwall/test/attack/build", "-o", kit).CombinedOutput(); err != nil {
+		return fmt.Errorf("build the kit: %w\n%s", err, said)
+	}
+	// one image for both kernels that Debian 12 offers
+	var kernels []vm.Kernel
+	for _, name := range []string{"6.1", "6.12"} {
+		k, err := vm.FindKernel(ctx, name)
+		if err != nil {
+			return err
+		}
+		kernels = append(kernels, k)
+	}
+	at := slices.IndexFunc(kernels, func(k vm.Kernel) bool { return k.Name == *kernel })
+	if at < 0 {
+		return fmt.Errorf("-kernel %s: want 6.1 or 6.12: %w", *kernel, errs.Invalid)
+	}
+	image, err := vm.DebianImage(ctx, vm.Options{Packages: packages(), Kernels: kernels})
+	if err != nil {
+		return err
+	}
+	results := &splitter{to: os.Stdout}
+	res, err := vm.RunDebian(ctx, vm.DebianGuest{
+		Image: image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
+		Script: script(*options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
+	})
+	if err != nil {
+		return err
+	}
+	if res.Exit != 0 {
+		return fmt.Errorf("the evaluator ended with %d", res.Exit)
+	}
+	if len(results.kept.Bytes()) == 0 {
+		return fmt.Errorf("no results: %w", errs.NotFound)
+	}
+	return os.WriteFile(filepath.Clean(*out), results.kept.Bytes(), 0o644)
+}
+
+// mark stands before each line of the results in the guest's output.
+const mark = "ATTACK-RESULT "
+
+func script(options string) string {
+	return strings.Join([]string{
+		"#!/bin/sh",
+		"id -u 1000 >/dev/null 2>&1 || useradd -m -u 1000 attacker",
+		"/payload/evaluate run -o /root/results " + options,
+		"rc=$?",
+		"sed 's/^/" + mark + "/' /root/results",
+		"exit $rc",
+	}, "\n") + "\n"
+}
+
+// splitter passes the guest's output on and keeps the lines with results.
+type splitter struct {
+	to   io.Writer
+	line []byte
+	kept bytes.Buffer
+}
+
+func (s *splitter) Write(p []byte) (int, error) {
+	for _, b := range p {
+		s.line = append(s.line, b)
+		if b != '\n' {
+			continue
+		}
+		if rest, ok := bytes.CutPrefix(s.line, []byte(mark)); ok {
+			s.kept.Write(bytes.ReplaceAll(rest, []byte("\r"), nil))
+		} else if _, err := s.to.Write(s.line); err != nil {
+			return 0, err
+		}
+		s.line = s.line[:0]
+	}
+	return len(p), nil
+}
