@@ -101,7 +101,8 @@ func lock(path string) (unlock func(), err error) {
 func command(ctx context.Context, dir, name string, args ...string) (string, error) {
 	c := exec.CommandContext(ctx, name, args...)
 	c.Dir = dir
-	c.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	// INITRD=No: the hooks of kernel packages make no boot image.
+	c.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive", "INITRD=No")
 	var stderr strings.Builder
 	c.Stderr = &stderr
 	out, err := c.Output()

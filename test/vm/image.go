@@ -107,6 +107,9 @@ func (b *imageBuilder) build(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := os.Remove(filepath.Join(b.dir, "InRelease")); err != nil {
+		return err
+	}
 	return os.RemoveAll(b.root)
 }
 
@@ -115,6 +118,11 @@ func (b *imageBuilder) bootstrap(ctx context.Context) error {
 	mirror, security, err := debianMirrors(ctx)
 	if err != nil {
 		return err
+	}
+	// What fails from here on is a fault and no lack, as long as the mirror
+	// answers.
+	if _, err := command(ctx, b.dir, "/usr/lib/apt/apt-helper", "download-file", mirror+"/dists/bookworm/InRelease", filepath.Join(b.dir, "InRelease")); err != nil {
+		return fmt.Errorf("%w: %w", err, errs.Unsupported)
 	}
 	include := sorted(b.options.Packages)
 	for _, k := range b.options.Kernels {
@@ -133,11 +141,8 @@ func (b *imageBuilder) bootstrap(ctx context.Context) error {
 	for _, suite := range []string{mirror + " bookworm", mirror + " bookworm-updates", security + " bookworm-security"} {
 		args = append(args, "deb [signed-by="+debianKeyring+"] "+suite+" main")
 	}
-	// INITRD=No: no boot image is made by the kernel packages' hooks.
-	if _, err := command(ctx, "", "env", append([]string{"INITRD=No", "mmdebstrap"}, args...)...); err != nil {
-		return fmt.Errorf("%w: %w", err, errs.Unsupported)
-	}
-	return nil
+	_, err = command(ctx, "", "mmdebstrap", args...)
+	return err
 }
 
 // kernels unpacks the kernels that could not be installed.
@@ -146,7 +151,11 @@ func (b *imageBuilder) kernels(ctx context.Context) error {
 		if k.Lists == nil {
 			continue
 		}
-		to := filepath.Join(b.root, "usr/lib/modules", k.Release)
+		parent := filepath.Join(b.root, "usr/lib/modules")
+		if err := os.MkdirAll(parent, 0o755); err != nil {
+			return err
+		}
+		to := filepath.Join(parent, k.Release)
 		if _, err := command(ctx, "", "cp", "-a", k.Modules, to); err != nil {
 			return err
 		}

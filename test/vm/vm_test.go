@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 		lsm, err := os.ReadFile("/sys/kernel/security/lsm")
 		fmt.Println("lsm", string(lsm), err)
 		fs, err := os.ReadFile("/proc/filesystems")
-		fmt.Println("filesystems", strings.Fields(string(fs)), err)
+		fmt.Println("filesystems", strings.Join(strings.Fields(string(fs)), " "), err)
 		sample, err := os.ReadFile("/data/sub/sample")
 		fmt.Println("sample", string(sample), err)
 		fmt.Println("setting", os.Getenv("SETTING"))
