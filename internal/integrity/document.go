@@ -76,6 +76,7 @@ type document struct {
 	baseline bool // it is a built-in one: interpreters, programs and knobs only
 
 	ruleLine, programLine, interpreterLine, knobLine map[string]int
+	ownInterpreters                                  []ownInterpreter // of p.Interpreters, by index
 }
 
 func (d *document) policy(n *yaml.Node) {
@@ -110,6 +111,7 @@ func (d *document) policy(n *yaml.Node) {
 			return !slices.Contains([]string{"version", "programs", "interpreters", "knobs"}, f.key)
 		})
 		d.mapping(n, "", fields)
+		d.mergeInterpreters(nil)
 		return
 	}
 	d.mapping(n, "", fields)
@@ -130,9 +132,7 @@ func (d *document) policy(n *yaml.Node) {
 		d.problem(n, "", "lacks mode", "add `mode: audit` to begin with")
 	}
 	d.modes(mode, modes)
-	if baseline != nil {
-		d.addBaseline(baseline)
-	}
+	d.addBaseline(baseline)
 }
 
 // onlyAllows refuses in a supplement what only a base policy may say.
@@ -634,27 +634,20 @@ func (d *document) kernel(n *yaml.Node, where string) [2]int {
 
 // addBaseline adds the built-in entries whose names the policy does not have.
 func (d *document) addBaseline(n *yaml.Node) {
-	v := d.number(n, "baseline", 0, lastBaseline)
-	if v == 0 {
-		return
-	}
 	b := &document{reader: reader{err: ParseError{Name: "baseline"}}, p: &Policy{}, baseline: true}
-	if root := b.document(baseline1); root != nil {
-		b.policy(root)
-	}
-	if err := b.failed(); err != nil { // a test keeps this from happening
-		d.problem(n, "baseline", err.Error(), "")
-		return
+	if n != nil && d.number(n, "baseline", 0, lastBaseline) == 1 {
+		if root := b.document(baseline1); root != nil {
+			b.policy(root)
+		}
+		if err := b.failed(); err != nil { // a test keeps this from happening
+			d.problem(n, "baseline", err.Error(), "")
+		}
 	}
 	p := d.p
+	d.mergeInterpreters(b.p.Interpreters)
 	for _, r := range b.p.Programs {
 		if _, own := d.programLine[r.Rule]; !own {
 			p.Programs = append(p.Programs, r)
-		}
-	}
-	for _, r := range b.p.Interpreters {
-		if _, own := d.interpreterLine[r.Name]; !own {
-			p.Interpreters = append(p.Interpreters, r)
 		}
 	}
 	for _, k := range b.p.Knobs {

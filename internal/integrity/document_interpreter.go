@@ -7,8 +7,70 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
+// ownInterpreter is an interpreter of the policy itself: it may leave out what
+// the baseline says under the same name.
+type ownInterpreter struct {
+	n     *yaml.Node
+	where string
+	seen  map[string]bool
+}
+
+// mergeInterpreters completes the policy's own interpreters from the built-in
+// ones and adds those that it does not name.
+func (d *document) mergeInterpreters(builtin []InterpreterRule) {
+	for i := range d.ownInterpreters {
+		own, r := d.ownInterpreters[i], &d.p.Interpreters[i]
+		for j := range builtin {
+			if b := &builtin[j]; b.Name == r.Name {
+				inherit(r, b, own.seen)
+				own.seen = map[string]bool{"match": true, "reads": true, "inline": true}
+			}
+		}
+		for _, key := range []string{"match", "reads", "inline"} {
+			if own.n.Kind == yaml.MappingNode && !own.seen[key] {
+				d.problem(own.n, own.where, "lacks "+key, "add `"+key+": …`")
+			}
+		}
+	}
+	for _, b := range builtin {
+		if _, own := d.interpreterLine[b.Name]; !own {
+			d.p.Interpreters = append(d.p.Interpreters, b)
+		}
+	}
+}
+
+// inherit takes what r does not say itself from b.
+func inherit(r, b *InterpreterRule, seen map[string]bool) {
+	if !seen["match"] {
+		r.Match = b.Match
+	}
+	if !seen["reads"] {
+		r.Reads = b.Reads
+	}
+	if !seen["inline"] {
+		r.Inline = b.Inline
+	}
+	if !seen["stdin"] {
+		r.Stdin = b.Stdin
+	}
+	if !seen["options"] {
+		r.InlineFlags, r.ArgFlags, r.StdinFlags, r.InlineLong, r.ArgLong = b.InlineFlags, b.ArgFlags, b.StdinFlags, b.InlineLong, b.ArgLong
+	}
+	if !seen["suffixes"] {
+		r.CodeSuffix = b.CodeSuffix
+	}
+	if !seen["data"] {
+		r.DataPaths = b.DataPaths
+	}
+}
+
 func (d *document) interpreter(n *yaml.Node, where string) {
 	var r InterpreterRule
+	own := ownInterpreter{n: n, where: where, seen: map[string]bool{}}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		own.seen[n.Content[i].Value] = true
+	}
+	d.ownInterpreters = append(d.ownInterpreters, own)
 	d.mapping(n, where, []field{
 		{"name", true, func(n *yaml.Node, where string) {
 			r.Name = d.unique(n, where, d.interpreterLine)
@@ -16,11 +78,11 @@ func (d *document) interpreter(n *yaml.Node, where string) {
 				d.problem(n, where, "too long", fmt.Sprintf("at most %d bytes", maxShortName))
 			}
 		}},
-		{"match", true, func(n *yaml.Node, where string) {
+		{"match", false, func(n *yaml.Node, where string) {
 			d.list(n, where, maxMatches, func(n *yaml.Node, where string) { r.Match = append(r.Match, d.match(n, where)) })
 			d.notEmpty(n, where)
 		}},
-		{"reads", true, func(n *yaml.Node, where string) {
+		{"reads", false, func(n *yaml.Node, where string) {
 			switch d.word(n, where, []string{"any", "code", "strict"}) {
 			case "code":
 				r.Reads = ReadsCode
@@ -28,7 +90,7 @@ func (d *document) interpreter(n *yaml.Node, where string) {
 				r.Reads = ReadsStrict
 			}
 		}},
-		{"inline", true, func(n *yaml.Node, where string) {
+		{"inline", false, func(n *yaml.Node, where string) {
 			switch d.word(n, where, []string{"allow", "audit", "deny"}) {
 			case "audit":
 				r.Inline = ModeAudit
@@ -60,9 +122,6 @@ func (d *document) interpreter(n *yaml.Node, where string) {
 			})
 		}},
 	})
-	if r.Reads != ReadsStrict && len(r.DataPaths) > 0 {
-		d.problem(n, where, "data only matters with `reads: strict`", "remove it, or change reads")
-	}
 	d.p.Interpreters = append(d.p.Interpreters, r)
 }
 

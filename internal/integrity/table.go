@@ -41,6 +41,7 @@ const (
 	RoleDebug     Role = 1 << 4 // may ptrace others
 	RolePackages  Role = 1 << 5 // a package manager; inherited by everything it starts
 	RoleBlock     Role = 1 << 6 // may write to mounted block devices
+	RoleModules   Role = 1 << 7 // may hand kernel modules over from memory (a modprobe that decompresses); make it a strict interpreter too
 )
 
 // Reads says which files an interpreter may open.
@@ -74,7 +75,7 @@ type Interpreter struct {
 	Inline      Mode     // ModeOff: inline code is allowed without an event; ModeAudit; ModeEnforce: refused
 	Stdin       Stdin    // allowed forms; others are treated as Inline says, or refused when Inline is off
 	InlineFlags string   // ASCII letters of short options that carry inline code, e.g. "c" for sh, "eE" for perl
-	ArgFlags    string   // ASCII letters of other short options that take an argument
+	ArgFlags    string   // ASCII letters of other short options that take an argument; with "o" here and "s" in StdinFlags, options are read as a Bourne shell does
 	StdinFlags  string   // ASCII letters of short options that force code from stdin, e.g. "s" for sh
 	InlineLong  []string // long options that carry inline code, e.g. "--eval"; at most 4, each at most 15 bytes
 	ArgLong     []string // other long options that take a separate argument; at most 4, each at most 15 bytes
