@@ -193,7 +193,7 @@ type keyInfo struct {
 	Purpose     string    `json:"purpose"`
 	NotBefore   time.Time `json:"not_before"`
 	NotAfter    time.Time `json:"not_after"`
-	Fingerprint string    `json:"fingerprint"` // SHA-256, as deny rules and openssl spell it
+	Fingerprint string    `json:"fingerprint"` // SHA-256, as openssl gives it
 	Key         string    `json:"key"`         // present, encrypted or absent
 }
 
@@ -201,8 +201,8 @@ func newKeyShowCommand(e *env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show DIR",
 		Short: "Show an authority's certificates, and which keys are here",
-		Long: `Shows each certificate with the fingerprint that deny rules use, after checking
-it against its purpose and the root. It needs no passphrase.
+		Long: `Shows each certificate with its fingerprint (SHA-256, as openssl prints it),
+after checking it against its purpose and the root. It needs no passphrase.
 
 JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
 "not_before", "not_after", "fingerprint", "key": "present|encrypted|absent"}]}`,
