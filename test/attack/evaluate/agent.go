@@ -49,6 +49,8 @@ func agentAttacks() []technique {
 		}),
 		on("agent-stop", 36, asBoth, "SIGSTOP", func(a *attempt) error { return a.signal(syscall.SIGSTOP) }),
 		on("agent-freeze", 36, asRoot, "cgroup.freeze", func(a *attempt) error { return a.agentCgroup("cgroup.freeze", "1") }),
+		on("agent-move", 36, asRoot, "moved into another cgroup and frozen there", moveAndFreeze),
+		on("agent-slice", 36, asRoot, "the cgroup above its own frozen", freezeAbove),
 		on("agent-ptrace", 36, asBoth, "ptrace", func(a *attempt) error { return unix.PtraceSeize(a.AgentPID) }),
 		on("agent-mem", 36, asRoot, "its memory opened for writing", func(a *attempt) error {
 			f, err := os.OpenFile(a.agentProc("mem"), os.O_RDWR, 0)
@@ -172,6 +174,47 @@ func (a *attempt) agentCgroup(file, value string) error {
 	}
 	_, own, _ := strings.Cut(strings.TrimSpace(string(raw)), "0::")
 	return os.WriteFile(filepath.Join("/sys/fs/cgroup", own, file), []byte(value), 0)
+}
+
+func moveAndFreeze(a *attempt) error {
+	box := "/sys/fs/cgroup/attack-freezer-" + a.Token
+	if err := os.Mkdir(box, 0o755); err != nil {
+		return err
+	}
+	defer os.Remove(box)
+	err := os.WriteFile(box+"/cgroup.procs", []byte(strconv.Itoa(a.AgentPID)), 0)
+	return errors.Join(err, os.WriteFile(box+"/cgroup.freeze", []byte("1"), 0))
+}
+
+// freezeAbove freezes the slice that the agent's unit is in, having left it first.
+func freezeAbove(a *attempt) error {
+	raw, err := os.ReadFile(a.agentProc("cgroup"))
+	if err != nil {
+		return err
+	}
+	_, own, _ := strings.Cut(strings.TrimSpace(string(raw)), "0::")
+	above := filepath.Dir(own)
+	if above == "/" {
+		return unavailable("nothing above the agent's cgroup")
+	}
+	box := "/sys/fs/cgroup/attack-outside-" + a.Token
+	if err := os.Mkdir(box, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(box+"/cgroup.procs", []byte("0"), 0); err != nil {
+		return err
+	}
+	freeze := filepath.Join("/sys/fs/cgroup", above, "cgroup.freeze")
+	if err := os.WriteFile(freeze, []byte("1"), 0); err != nil {
+		return err
+	}
+	// the evaluator may be in there, too: it must not stay frozen
+	defer os.WriteFile(freeze, []byte("0"), 0)
+	p, err := a.program("frozen")
+	if err != nil {
+		return err
+	}
+	return exec.Command(p).Run()
 }
 
 func removeBelow(dir string) error {

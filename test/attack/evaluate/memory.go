@@ -98,6 +98,10 @@ func writers() []technique {
 			return errors.Join(copyFile(a.inKit("librwdemo.so"), a.path("lib.so")), os.Link(a.path("lib.so"), a.path("link.so")),
 				a.tool("change-new-fd", a.path("lib.so"), a.path("link.so")))
 		}},
+		{ID: "write-own-program", Group: 23, As: asBoth, Title: "the running program's own file written", Stop: byWrite, Run: func(a *attempt) error {
+			p := a.path("own")
+			return errors.Join(copyFile(a.inKit("attack"), p), a.run(p, "own-file", a.Token, a.Marker, p))
+		}},
 		{ID: "write-shm", Group: 23, As: asBoth, Title: "library in /dev/shm written while it is mapped", Stop: byWrite, Run: func(a *attempt) error {
 			lib := "/dev/shm/rw-" + a.Token
 			defer os.Remove(lib)

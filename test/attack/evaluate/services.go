@@ -46,7 +46,7 @@ func services() []technique {
 			return errors.Join(os.WriteFile(rule, []byte(`KERNEL=="null", RUN+="`+p+`"`+"\n"), 0o644), a.run("udevadm", "control", "--reload"),
 				a.run("udevadm", "trigger", "--action=change", "/sys/class/mem/null"), a.await(5*time.Second))
 		}},
-		{ID: "apt-hook", Group: 27, As: asRoot, Title: "apt option with a command", Stop: byArgument, Run: func(a *attempt) error {
+		{ID: "apt-hook", Group: 27, As: asBoth, Title: "apt option with a command", Stop: byArgument, Run: func(a *attempt) error {
 			return a.run("apt-get", "-o", "APT::Update::Pre-Invoke::=false; "+strings.TrimSpace(a.code("sh")), "update", "--no-download")
 		}},
 		{ID: "dpkg-hook", Group: 27, As: asRoot, Title: "dpkg option with a command", Stop: byArgument, Run: func(a *attempt) error {

@@ -68,7 +68,7 @@ func catalogue() []technique {
 	var all []technique
 	for _, part := range [][]technique{
 		programs(), mounts(), changes(), scripts(), libraries(), loaders(), memory(), debugging(), writers(), interpreters(),
-		environments(), shells(), inline(), spawners(), kernelCode(), services(), buildTools(), agentAttacks(),
+		environments(), shells(), inline(), evasions(), spawners(), kernelCode(), services(), buildTools(), agentAttacks(),
 	} {
 		all = append(all, part...)
 	}

@@ -133,8 +133,21 @@ static int old_map(char **a) { return change(a, (struct change){ .early = 1, .ma
 static int new_fd(char **a) { return change(a, (struct change){}); }
 static int truncated(char **a) { return change(a, (struct change){ .early = 1, .truncate = 1 }); }
 
+/* a[0]: libpython, a[1]: a script. The process becomes an interpreter without being one. */
+static int python(char **a)
+{
+	void *h = dlopen(a[0], RTLD_NOW | RTLD_GLOBAL);
+	int (*run)(int, char **) = h ? (int (*)(int, char **))dlsym(h, "Py_BytesMain") : NULL;
+	char *argv[] = { "python3", a[1], NULL };
+	if (run)
+		return run(2, argv);
+	fprintf(stderr, "%s\n", dlerror());
+	return ELIBACC;
+}
+
 const struct technique library_techniques[] = {
 	{ "dlopen", plain },
+	{ "libpython", python },
 	{ "dlmopen", other_namespace },
 	{ "dlopen-memfd", from_memfd },
 	{ "dlopen-unlinked", from_unlinked },

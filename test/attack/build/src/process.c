@@ -135,7 +135,29 @@ static int vm_write(char **a)
 	return release(pid, 0);
 }
 
+/*
+ * The running program's own file is written. a[0]: its path, a copy that may
+ * be written to. Kernels 6.11 and 6.12 do not refuse that by themselves.
+ */
+static int own_file(char **a)
+{
+	char code[CODE_LEN], line[256];
+	unsigned long start, end, offset, at = (unsigned long)innocent, place = 0;
+	put_code(code);
+	FILE *maps = fopen("/proc/self/maps", "r");
+	while (maps && fgets(line, sizeof(line), maps))
+		if (sscanf(line, "%lx-%lx %*s %lx", &start, &end, &offset) == 3 && at >= start && at < end)
+			place = at - start + offset;
+	int fd = place ? open(a[0], O_RDWR) : -1;
+	if (fd < 0)
+		return failed(a[0]);
+	if (pwrite(fd, code, sizeof(code), place) != sizeof(code))
+		return failed("pwrite");
+	return call(innocent);
+}
+
 const struct technique process_techniques[] = {
+	{ "own-file", own_file },
 	{ "own-mem", own_mem },
 	{ "thread-mem", thread_mem },
 	{ "child-mem", child_mem },
