@@ -76,16 +76,24 @@ func agentAttacks() []technique {
 			return errors.Join(a.run("systemctl", "mask", "--runtime", a.AgentUnit), a.run("systemctl", "kill", "-s", "KILL", a.AgentUnit))
 		}),
 		on("state-edit", 39, asRoot, "state files overwritten, agent restarted", func(a *attempt) error {
-			return errors.Join(spoilBelow(a.State), a.restart())
+			return a.withCopy(func() error { return errors.Join(spoilBelow(a.State), a.restart()) })
 		}),
 		on("state-remove", 39, asRoot, "state removed, agent restarted", func(a *attempt) error {
-			return errors.Join(removeBelow(a.State), a.restart())
+			return a.withCopy(func() error { return errors.Join(removeBelow(a.State), a.restart()) })
 		}),
 		on("state-rename", 39, asRoot, "state directory renamed, agent restarted", func(a *attempt) error {
-			return errors.Join(os.Rename(a.State, a.State+"-moved"), a.restart())
+			err := os.Rename(a.State, a.State+"-moved")
+			if err == nil {
+				defer os.Rename(a.State+"-moved", a.State)
+			}
+			return errors.Join(err, a.restart())
 		}),
 		on("state-mount", 39, asRoot, "empty file system over the state, agent restarted", func(a *attempt) error {
-			return errors.Join(unix.Mount("none", a.State, "tmpfs", 0, ""), a.restart())
+			err := unix.Mount("none", a.State, "tmpfs", 0, "")
+			if err == nil {
+				defer unix.Unmount(a.State, unix.MNT_DETACH)
+			}
+			return errors.Join(err, a.restart())
 		}),
 		on("state-parent-mount", 39, asRoot, "empty file system over /var/lib, agent restarted", func(a *attempt) error {
 			err := unix.Mount("none", filepath.Dir(a.State), "tmpfs", 0, "")
@@ -127,18 +135,21 @@ func agentAttacks() []technique {
 	return all
 }
 
-// thenExec attacks and then tries an unlisted program for five seconds.
+// thenExec attacks and then tries an unlisted program: for two seconds, and
+// for up to eight while there is no agent.
 func thenExec(attack func(*attempt) error) func(*attempt) error {
 	return func(a *attempt) error {
 		p, err := a.program("p")
 		if err != nil {
 			return err
 		}
+		defer a.putBack()
 		err = attack(a)
 		if errors.Is(err, errs.Unsupported) {
 			return err
 		}
-		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		start := time.Now()
+		for time.Since(start) < 2*time.Second || time.Since(start) < 8*time.Second && findAgent("/proc") == 0 {
 			e := a.run(p)
 			if a.ran() {
 				return nil
@@ -146,9 +157,29 @@ func thenExec(attack func(*attempt) error) func(*attempt) error {
 			if err == nil {
 				err = e
 			}
+			time.Sleep(100 * time.Millisecond)
 		}
 		return err
 	}
+}
+
+// putBack undoes what an attack that worked has done to the agent. Where the
+// attack was refused, there is nothing to undo and most of this is refused, too.
+func (a *attempt) putBack() {
+	if a.As != asRoot {
+		return
+	}
+	_ = os.WriteFile("/proc/sys/kernel/ftrace_enabled", []byte("1"), 0)
+	if pid := findAgent("/proc"); pid != 0 {
+		a.AgentPID = pid
+		_ = syscall.Kill(pid, syscall.SIGCONT)
+		_ = a.agentCgroup("cgroup.freeze", "0")
+		_ = a.agentCgroup("memory.max", "max")
+		_ = a.agentCgroup("pids.max", "max")
+		return
+	}
+	_ = a.run("systemctl", "unmask", "--runtime", a.AgentUnit)
+	_ = a.run("systemctl", "start", a.AgentUnit)
 }
 
 func (a *attempt) agentProc(name string) string {
@@ -215,6 +246,26 @@ func freezeAbove(a *attempt) error {
 		return err
 	}
 	return exec.Command(p).Run()
+}
+
+// withCopy puts the state directory's files back after fn.
+func (a *attempt) withCopy(fn func() error) error {
+	if err := os.CopyFS(a.path("state"), os.DirFS(a.State)); err != nil {
+		return fmt.Errorf("copy the state: %w", err)
+	}
+	err := fn()
+	back := filepath.WalkDir(a.path("state"), func(p string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		to := filepath.Join(a.State, strings.TrimPrefix(p, a.path("state")))
+		raw, err := os.ReadFile(p)
+		if now, e := os.ReadFile(to); err != nil || e == nil && string(now) == string(raw) {
+			return err
+		}
+		return errors.Join(os.MkdirAll(filepath.Dir(to), 0o700), os.WriteFile(to, raw, 0o600))
+	})
+	return errors.Join(err, back)
 }
 
 func removeBelow(dir string) error {
