@@ -35,7 +35,7 @@ type env struct {
 
 // run is one invocation; it returns the exit code.
 func run(ctx context.Context, args []string, e *env) int {
-	root := newRootCommand(e)
+	root := newRootCommand(e) //nolint:contextcheck // cobra hands it to each command
 	running := watchStart(root)
 	root.SetArgs(args)
 	root.SetIn(e.stdin)

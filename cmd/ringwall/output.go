@@ -104,8 +104,7 @@ func exitCode(err error) int {
 // fail prints an error in one line and returns its exit code.
 func (e *env) fail(err error) int {
 	if err != nil {
-		var problems *integrity.ParseError
-		if errors.As(err, &problems) {
+		if problems, ok := errors.AsType[*integrity.ParseError](err); ok {
 			first := *problems
 			first.Problems, first.More = problems.Problems[:1], 0
 			if n := len(problems.Problems) + problems.More - 1; n > 0 {

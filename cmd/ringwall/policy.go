@@ -25,7 +25,7 @@ YAML, becomes valid by being signed, and reaches a host by ringwall host apply.
 From nothing: policy init, policy check, policy simulate on the host, policy
 sign, host apply; in audit mode first, then in enforce mode.`,
 		newPolicyInitCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
-		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicySignCommand(e))
+		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e))
 }
 
 // checkedPolicy is the result of reading one policy document.
@@ -144,6 +144,22 @@ func lint(p *integrity.Policy, now time.Time) []string {
 		}
 	}
 	return out
+}
+
+func newPolicySchemaCommand(e *env) *cobra.Command {
+	return &cobra.Command{
+		Use:     "schema",
+		Short:   "Print the JSON Schema of policies, for editors",
+		Long:    "The output is JSON Schema 2020-12 in either output format.",
+		Example: "  ringwall policy schema > policy.schema.json",
+		Args:    exactly(),
+		RunE: func(*cobra.Command, []string) error {
+			if _, err := e.stdout.Write(integrity.Schema()); err != nil {
+				return fmt.Errorf("write result: %w", err)
+			}
+			return nil
+		},
+	}
 }
 
 func newPolicySignCommand(e *env) *cobra.Command {

@@ -21,28 +21,49 @@ const (
 	maxKeyring    = 1 << 20
 )
 
-// profile is what a first policy says of modes, with the reasons.
+// profile is what a first policy says besides trust and rules, with the reasons.
 type profile struct {
-	name, modes string
+	name, modes, more string
 }
 
 func profiles() []profile {
 	return []profile{
-		{"audit", `# Nothing is blocked: what would be is an event. Start here, look at
+		{name: "audit", modes: `# Nothing is refused: what would be is an event. Start here, look at
 # "ringwall events", and simulate before you enforce.
 mode: audit
 `},
-		{"server", `# Programs, libraries and kernel code must be authorised. Scripts and writable
-# code are only logged: shells, cron and maintainer scripts live on them.
+		{name: "server", modes: `# What is not authorised does not run. These stay events until the host's own
+# programs have been seen for a while.
 mode: enforce
 modes:
-  script: audit
-  memory: audit
-  ptrace: audit
+  memory: audit # compilers that nobody named under programs
+  bpf: audit # monitoring agents
+  firmware: audit # devices with vendors' firmware
 `},
-		{"strict", `# Everything must be authorised, and programs cannot make code of data. Programs
-# that must (JIT compilers) are named under programs, here or in the baseline.
+		{name: "strict", modes: `# What is not authorised does not run, and interpreters run authorised files only.
 mode: enforce
+`, more: `
+# Code on the command line and on standard input is refused, and so is every
+# unauthorised file that an interpreter opens outside its data paths: python3 -c,
+# curl | sh, cron lines, system(3). Try it with "mode: audit" first. An entry of
+# the baseline's name changes only what it says.
+interpreters:
+  - {name: shell, reads: strict, inline: deny, stdin: [tty, null]}
+  - {name: csh, reads: strict, inline: deny, stdin: [tty, null]}
+  - {name: fish, reads: strict, inline: deny, stdin: [tty, null]}
+  - {name: python, reads: strict, inline: deny}
+  - {name: perl, reads: strict, inline: deny}
+  - {name: ruby, reads: strict, inline: deny}
+  - {name: node, reads: strict, inline: deny}
+  - {name: php, reads: strict, inline: deny}
+  - {name: lua, reads: strict, inline: deny}
+  - {name: tcl, reads: strict, inline: deny}
+  - {name: java, reads: strict, inline: deny, stdin: [tty, null]}
+
+knobs:
+  - {sysctl: kernel.yama.ptrace_scope, want: "3", rule: at_least, apply: true} # until the next boot
+  - {sysctl: user.max_user_namespaces, want: "0", apply: true} # no rootless containers, no browser sandbox
+  - {sysctl: vm.memfd_noexec, want: "2", rule: at_least, apply: true, since: "6.3"} # old runc needs executable memfds
 `},
 	}
 }
@@ -56,9 +77,10 @@ func newPolicyInitCommand(e *env) *cobra.Command {
 		Long: `Writes a policy that trusts an authority's keys and allows what ringwall sign
 signs with them, and the packages of an archive. Profiles:
 
-  audit   nothing is blocked, everything is logged
-  server  programs, libraries and kernel code must be authorised
-  strict  everything must be
+  audit   nothing is refused, everything is logged
+  server  programs, libraries, scripts and kernel modules must be authorised;
+          code on an interpreter's command line is logged
+  strict  interpreters run authorised files only, too
 
 Without --archive it trusts Debian's archive, if its keyring is on this machine
 (package debian-archive-keyring); --archive none trusts none.
@@ -129,6 +151,7 @@ func writeDocument(e *env, file, doc string) error {
 // keptArchive is an archive that a policy is to trust.
 type keptArchive struct {
 	name    string
+	origins []string
 	keyring []byte
 }
 
@@ -144,7 +167,7 @@ func readArchives(flags []string) ([]keptArchive, error) {
 		if err != nil {
 			return nil, fmt.Errorf("archive: %w", err)
 		}
-		return []keptArchive{{"debian", b}}, nil
+		return []keptArchive{{"debian", []string{"Debian"}, b}}, nil
 	}
 	var out []keptArchive
 	for _, f := range flags {
@@ -156,7 +179,7 @@ func readArchives(flags []string) ([]keptArchive, error) {
 		if err != nil {
 			return nil, fmt.Errorf("archive: %w", err)
 		}
-		out = append(out, keptArchive{name, b})
+		out = append(out, keptArchive{name: name, keyring: b})
 	}
 	return out, nil
 }
@@ -183,7 +206,11 @@ trust:
 		fmt.Fprintln(&b, "  archives: # whose packages are verified by their archive's signature")
 	}
 	for _, x := range archives {
-		fmt.Fprintf(&b, "    - name: %s\n      keyring: |\n", yamlString(x.name))
+		fmt.Fprintf(&b, "    - name: %s\n", yamlString(x.name))
+		if len(x.origins) > 0 {
+			fmt.Fprintf(&b, "      origins: [%s]\n", strings.Join(x.origins, ", "))
+		}
+		fmt.Fprintln(&b, "      keyring: |")
 		text := string(x.keyring)
 		if !strings.HasPrefix(strings.TrimSpace(text), "-----BEGIN") {
 			text = wrap(base64.StdEncoding.EncodeToString(x.keyring), 76)
@@ -203,7 +230,7 @@ allow:
 	for _, x := range archives {
 		fmt.Fprintf(&b, "  - rule: %s\n    package: {archive: %s, names: [\"*\"]}\n", yamlString("packages-"+x.name), yamlString(x.name))
 	}
-	b.WriteString(`
+	b.WriteString(p.more + `
 # Deny beats allow. Examples:
 # deny:
 #   - {rule: leaked, certificate: [{sha256: …, from: 2031-01-01T00:00:00Z}], reason: stolen laptop}
@@ -211,7 +238,7 @@ allow:
 
 # Exceptions end by themselves, and say why. Example:
 # exceptions:
-#   - {rule: vendor, sha256: [...], kinds: [exec], until: 2031-05-01T00:00:00Z, reason: ticket 4711}
+#   - {rule: vendor, sha256: [], kinds: [exec], until: 2031-05-01T00:00:00Z, reason: ticket 4711}
 `)
 	return b.String()
 }
