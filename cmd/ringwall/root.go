@@ -22,6 +22,8 @@ func commands(e *env) []*cobra.Command {
 		newSignCommand(e),
 		newVerifyCommand(e),
 		newCatalogueCommand(e),
+		newPolicyCommand(e),
+		newKnobsCommand(e),
 		newVersionCommand(e),
 		newManCommand(e),
 		newExitCodesTopic(),
