@@ -3,7 +3,7 @@ package integrity
 import (
 	"bytes"
 	"crypto/sha256"
-	_ "embed" // the baseline and the schema
+	_ "embed" // the baseline
 	"encoding/base64"
 	"fmt"
 	"maps"
