@@ -49,7 +49,7 @@ are given with --release and --package.
 Exit code 0 means that the policy allows it as every kind asked; 1 that it does
 not, even if its mode is audit and the file would run.
 
-JSON: {"path", "sha256", "fsverity", "verdicts": [{"kind", "sha256", "allow",
+JSON: {"path", "sha256", "fsverity", "verdicts": [{"kind", "digest", "allow",
 "mode", "effect": "runs|blocked|logged|unchecked", "rule", "indicator": {"type",
 "value"}, "reason", "roles", "interpreter"}], "origins": [{"release", "product",
 "epoch", "identity", "archive", "package", "version", "kinds", "names"}]}`,
@@ -102,7 +102,7 @@ func kindNames() []string {
 // verdict is what a policy says of one content as one kind.
 type verdict struct {
 	Kind        string        `json:"kind"`
-	SHA256      string        `json:"sha256"`
+	Digest      string        `json:"digest"` // sha256:…, fsverity:… or dmverity:…
 	Allow       bool          `json:"allow"`
 	Mode        string        `json:"mode"`
 	Effect      string        `json:"effect"`
@@ -119,11 +119,11 @@ type indicatorJSON struct {
 }
 
 // judge asks the policy.
-func judge(c *integrity.Compiled, d integrity.Digest, k integrity.Kind, now time.Time) (verdict, integrity.Object) {
-	o := c.Object(k, integrity.Key{Space: integrity.SpaceSHA256, Digest: d})
+func judge(c *integrity.Compiled, key integrity.Key, k integrity.Kind, now time.Time) (verdict, integrity.Object) {
+	o := c.Object(k, key)
 	v := c.Evaluate(&o, now)
 	out := verdict{
-		Kind: k.String(), SHA256: d.String(), Allow: v.Allow, Mode: v.Mode.String(), Effect: "runs", Rule: v.Rule,
+		Kind: k.String(), Digest: keyText(key), Allow: v.Allow, Mode: v.Mode.String(), Effect: "runs", Rule: v.Rule,
 		Indicator: indicatorJSON{v.Indicator.Type, v.Indicator.Value}, Reason: v.Reason, Roles: roleNames(v.Roles), Interpreter: v.Interpreter,
 	}
 	if !v.Allow {
@@ -137,6 +137,30 @@ func judge(c *integrity.Compiled, d integrity.Digest, k integrity.Kind, now time
 		}
 	}
 	return out, o
+}
+
+// keyText spells a digest as events do.
+func keyText(k integrity.Key) string {
+	switch k.Space {
+	case integrity.SpaceFSVerity:
+		return "fsverity:" + k.Digest.String()
+	case integrity.SpaceDMVerity:
+		return "dmverity:" + k.Digest.String()
+	}
+	return "sha256:" + k.Digest.String()
+}
+
+// parseKey is the inverse of keyText.
+func parseKey(s string) (integrity.Key, error) {
+	k := integrity.Key{Space: integrity.SpaceSHA256}
+	if rest, ok := strings.CutPrefix(s, "fsverity:"); ok {
+		s, k.Space = rest, integrity.SpaceFSVerity
+	} else if rest, ok := strings.CutPrefix(s, "dmverity:"); ok {
+		s, k.Space = rest, integrity.SpaceDMVerity
+	}
+	var err error
+	k.Digest, err = integrity.ParseDigest(s)
+	return k, err
 }
 
 func roleNames(r integrity.Role) []string {
@@ -182,7 +206,7 @@ func (x *explanation) ask(c *integrity.Compiled, d integrity.Digest, kinds integ
 	for _, k := range integrity.Kinds() {
 		if kinds.Has(k) {
 			var v verdict
-			v, o = judge(c, d, k, now)
+			v, o = judge(c, integrity.Key{Digest: d}, k, now)
 			x.Verdicts = append(x.Verdicts, v)
 		}
 	}
@@ -209,8 +233,8 @@ func (x *explanation) write(w io.Writer) {
 			word = "DENY"
 		}
 		fmt.Fprintf(w, "%-5s as %s (mode %s: %s): %s\n", word, v.Kind, v.Mode, v.Effect, v.Reason)
-		if v.SHA256 != x.SHA256 {
-			fmt.Fprintf(w, "      what is inside: %s\n", v.SHA256)
+		if v.Digest != "sha256:"+x.SHA256 {
+			fmt.Fprintf(w, "      what is inside: %s\n", v.Digest)
 		}
 		if v.Rule != "" {
 			fmt.Fprintf(w, "      rule %s", shown(v.Rule))

@@ -113,15 +113,15 @@ func (s *simulation) walk(ctx context.Context, e *env, c *integrity.Compiled, di
 	for _, m := range contents {
 		for _, k := range integrity.Kinds() {
 			if m.Kinds.Has(k) {
-				s.judge(c, m.Digest, k, m.paths, 0, now)
+				s.judge(c, integrity.Key{Digest: m.Digest}, k, m.paths, 0, now)
 			}
 		}
 	}
 	return nil
 }
 
-func (s *simulation) judge(c *integrity.Compiled, d integrity.Digest, k integrity.Kind, paths []string, count int, now time.Time) {
-	v, _ := judge(c, d, k, now)
+func (s *simulation) judge(c *integrity.Compiled, key integrity.Key, k integrity.Kind, paths []string, count int, now time.Time) {
+	v, _ := judge(c, key, k, now)
 	s.Asked++
 	if v.Allow {
 		s.Allowed++
@@ -145,8 +145,8 @@ type recorded struct {
 // judged once and counted.
 func (s *simulation) replay(e *env, c *integrity.Compiled, file string, now time.Time) error {
 	type use struct {
-		digest integrity.Digest
-		kind   integrity.Kind
+		key  integrity.Key
+		kind integrity.Kind
 	}
 	type seen struct {
 		paths []string
@@ -158,14 +158,13 @@ func (s *simulation) replay(e *env, c *integrity.Compiled, file string, now time
 	err := readEventLines(e, file, func(r *recorded) error {
 		n := max(r.Count, 1)
 		k, err := integrity.ParseKind(r.Kind)
-		d, err2 := integrity.ParseDigest(r.Digest)
+		key, err2 := parseKey(r.Digest)
 		if err != nil || err2 != nil {
-			// Memory, ptrace, notices and gaps are not about content that has
-			// a SHA-256.
+			// Memory, ptrace, notices and gaps are not about a content.
 			s.Skipped[cmp.Or(r.Reason, r.Type, "unknown")] += n
 			return nil
 		}
-		u := use{d, k}
+		u := use{key, k}
 		if uses[u] == nil {
 			uses[u] = &seen{}
 			order = append(order, u)
@@ -177,7 +176,7 @@ func (s *simulation) replay(e *env, c *integrity.Compiled, file string, now time
 		return nil
 	})
 	for _, u := range order {
-		s.judge(c, u.digest, u.kind, uses[u].paths, uses[u].count, now)
+		s.judge(c, u.key, u.kind, uses[u].paths, uses[u].count, now)
 	}
 	return err
 }
@@ -235,7 +234,7 @@ func (s *simulation) write(w io.Writer, limit int) {
 			fmt.Fprintf(w, "… and %d more (--limit 0 prints all)\n", len(s.Denied)-limit)
 			break
 		}
-		name := d.SHA256
+		name := d.Digest
 		if len(d.Paths) > 0 {
 			name = shown(d.Paths[0])
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,8 +9,11 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"ringwall/internal/errs"
 )
 
 func TestMain(m *testing.M) {
@@ -131,4 +135,43 @@ func TestReleaseStem_cannotLeaveTheDirectory(t *testing.T) {
 			t.Errorf("%q, want %q", tc[0], tc[1])
 		}
 	}
+}
+
+// An event log is text from elsewhere: a line is a record or an error with its
+// number, and the log never costs more than its longest line.
+func FuzzReadEventLines(f *testing.F) {
+	f.Add([]byte(`{"type":"audit","kind":"exec","digest":"sha256:00","count":3}` + "\n\n{}\n"))
+	f.Add([]byte("{\"count\":-1,\"path\":\"\x1b\"}\n[]\n"))
+	f.Fuzz(func(t *testing.T, log []byte) {
+		n := 0
+		err := readEventLines(&env{stdin: bytes.NewReader(log)}, "-", func(r *recorded) error {
+			n++
+			return nil
+		})
+		if err != nil && !errors.Is(err, errs.Invalid) {
+			t.Fatalf("%v is not an invalid", err)
+		}
+		if lines := bytes.Count(log, []byte("\n")) + 1; n > lines {
+			t.Fatalf("%d records in %d lines", n, lines)
+		}
+	})
+}
+
+// What is printed never steers a terminal, and keeps what is printable.
+func FuzzPrintable(f *testing.F) {
+	f.Add("a\x1b[31m\u202e\xff\n")
+	f.Fuzz(func(t *testing.T, s string) {
+		out := printable(s)
+		for _, r := range out {
+			if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
+				t.Fatalf("%q keeps %q", out, r)
+			}
+		}
+		if printable(out) != out {
+			t.Fatalf("%q is not stable", out)
+		}
+		if strings.ContainsAny(shown(s), "\n\t") {
+			t.Fatalf("shown(%q) = %q ends its line", s, shown(s))
+		}
+	})
 }
