@@ -25,7 +25,7 @@ YAML, becomes valid by being signed, and reaches a host by ringwall host apply.
 From nothing: policy init, policy check, policy simulate on the host, policy
 sign, host apply; in audit mode first, then in enforce mode.`,
 		newPolicyInitCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
-		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e))
+		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicyDiffCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e))
 }
 
 // checkedPolicy is the result of reading one policy document.
