@@ -183,7 +183,7 @@ func inline() []technique {
 		arg("inline-watch", "sh", "watch", "watch", "-g", "-n1", "CODE; date +%N"),
 		arg("inline-git-alias", "sh", "git alias", "git", "-c", "alias.x=!CODE;:", "x"),
 		arg("inline-ssh-proxy", "sh", "ssh ProxyCommand", "ssh", "-o", "ProxyCommand=sh -c 'CODE'", "-o", "BatchMode=yes", "nobody@localhost"),
-		arg("inline-vim", "sh", "vim -c", "vim", "-e", "-s", "-u", "NONE", "-c", "silent !CODE", "-c", "qa!"),
+		arg("inline-vim", "sh", "vim -c", "vi", "-e", "-s", "-u", "NONE", "-c", "silent !CODE", "-c", "qa!"),
 		env("inline-perl5db", "perl", "PERL5DB", "PERL5DB", "BEGIN{CODE}sub DB::DB{}", "perl", "-d", "KIT/authorised/noop.pl"),
 		env("inline-perl5opt", "perl", "PERL5OPT with code in it", "PERL5OPT", "-Mconstant;CODE", "perl", "KIT/authorised/noop.pl"),
 		env("inline-lua-init", "lua", "LUA_INIT with code in it", "LUA_INIT", "CODE", "lua5.4", "KIT/authorised/noop.lua"),

@@ -122,11 +122,11 @@ func interpreters() []technique {
 			return a.run("perl", "-I", a.Dir, "-MAttack", a.listed("noop.pl"))
 		}},
 		technique{ID: "vim-script", Group: 25, As: asBoth, Title: "vim runs a script", Stop: byRead, Run: func(a *attempt) error {
-			p, err := a.write("s.vim", fmt.Sprintf("call writefile(['%s'],'%s')\nqa!\n", a.Token, a.Marker))
+			p, err := a.write("s.vim", "silent !"+a.code("sh")+"qa!\n")
 			if err != nil {
 				return err
 			}
-			return a.run("vim", "-e", "-s", "-u", "NONE", "-S", p)
+			return a.run("vi", "-e", "-s", "-u", "NONE", "-S", p)
 		}},
 	)
 }
@@ -199,12 +199,12 @@ func environments() []technique {
 			return a.run("python3", a.listed("noop.py"))
 		}},
 		{ID: "python-home", Group: 25, As: asBoth, Title: "PYTHONHOME with another standard library", Stop: byRead, Run: pythonHome},
-		{ID: "python-site-packages", Group: 25, As: asRoot, Mounts: true, Title: "module in /usr/local/lib", Stop: byRead, Run: func(a *attempt) error {
+		{ID: "python-site-packages", Group: 25, As: asRoot, Mounts: true, Title: ".pth file in /usr/local/lib", Stop: byRead, Run: func(a *attempt) error {
 			if err := mount("none", "/usr/local/lib", "tmpfs", 0, ""); err != nil {
 				return err
 			}
 			const dir = "/usr/local/lib/python3.11/dist-packages"
-			return errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/sitecustomize.py", []byte(a.code("python")), 0o644),
+			return errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/x.pth", []byte("import sys;"+a.code("python")), 0o644),
 				a.run("python3", a.listed("noop.py")))
 		}},
 		load("perl5lib", 25, "PERL5LIB with a module of a standard name", file{"constant.pm", "perl"}, []string{"perl", "${LISTED}/noop.pl"}, "PERL5LIB=${DIR}"),
@@ -231,7 +231,7 @@ func environments() []technique {
 	}
 }
 
-// pythonHome is a standard library of links to the real one, with a site.py of our own.
+// pythonHome is a standard library of links to the real one, with one module of our own.
 func pythonHome(a *attempt) error {
 	real, err := filepath.Glob("/usr/lib/python3.*")
 	if err != nil || len(real) == 0 {
@@ -246,15 +246,15 @@ func pythonHome(a *attempt) error {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() == "site.py" || e.Name() == "__pycache__" {
+		if e.Name() == "colorsys.py" || e.Name() == "__pycache__" {
 			continue
 		}
 		if err := os.Symlink(filepath.Join(real[0], e.Name()), filepath.Join(lib, e.Name())); err != nil {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(lib, "site.py"), []byte(a.code("python")+"def main(): pass\n"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(lib, "colorsys.py"), []byte(a.code("python")), 0o644); err != nil {
 		return err
 	}
-	return a.start(call{argv: []string{"python3", a.listed("noop.py")}, env: []string{"PYTHONHOME=" + a.Dir}})
+	return a.start(call{argv: []string{"/usr/bin/python3", a.listed("noop.py")}, env: []string{"PYTHONHOME=" + a.Dir}})
 }

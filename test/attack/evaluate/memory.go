@@ -35,7 +35,11 @@ func memory() []technique {
 		toolTechnique("memfd-map-dual", 17, "dual-map", "memfd mapped twice, writable and executable", byMap),
 		toolTechnique("memfd-secret", 17, "secret", "memfd_secret mapped executable", byMap),
 		toolTechnique("sysv-shm", 17, "sysv", "System V shared memory with SHM_EXEC", byMap),
-		{ID: "shm-file-map", Group: 17, As: asBoth, Title: "data file in /dev/shm mapped executable", Stop: byMap, Run: func(a *attempt) error { return a.tool("data-x", "/dev/shm") }},
+		{ID: "shm-file-map", Group: 17, As: asBoth, Title: "data file in /dev/shm mapped executable", Stop: byMap, Run: func(a *attempt) error {
+			dir := "/dev/shm/rw-" + a.Token
+			defer os.RemoveAll(dir)
+			return errors.Join(os.Mkdir(dir, 0o755), a.tool("data-x", dir))
+		}},
 		toolTechnique("anon-rwx", 18, "anon-rwx", "anonymous memory, all permissions", byMemory),
 		toolTechnique("anon-shared-rwx", 18, "anon-shared-rwx", "shared anonymous memory, all permissions", byMemory),
 		toolTechnique("anon-rw-rx", 18, "anon-rw-rx", "anonymous memory, written, then executable", byMemory),

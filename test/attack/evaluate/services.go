@@ -47,7 +47,7 @@ func services() []technique {
 				a.run("udevadm", "trigger", "--action=change", "/sys/class/mem/null"), a.await(5*time.Second))
 		}},
 		{ID: "apt-hook", Group: 27, As: asBoth, Title: "apt option with a command", Stop: byArgument, Run: func(a *attempt) error {
-			return a.run("apt-get", "-o", "APT::Update::Pre-Invoke::=false; "+strings.TrimSpace(a.code("sh")), "update", "--no-download")
+			return a.run("apt-get", "-o", "APT::Update::Pre-Invoke::="+strings.TrimSpace(a.code("sh")), "-o", "Dir::Etc::SourceList=/dev/null", "-o", "Dir::Etc::SourceParts=/dev/null", "update")
 		}},
 		{ID: "dpkg-hook", Group: 27, As: asRoot, Title: "dpkg option with a command", Stop: byArgument, Run: func(a *attempt) error {
 			return a.run("dpkg", "--pre-invoke="+strings.TrimSpace(a.code("sh")), "--configure", "-a")
@@ -58,7 +58,7 @@ func services() []technique {
 			if err != nil {
 				return err
 			}
-			conf, err := a.write("conf", log+" {\nrotate 1\npostrotate\n"+a.code("sh")+"endscript\n}\n")
+			conf, err := a.write("conf", log+" {\nsu root root\nrotate 1\npostrotate\n"+a.code("sh")+"endscript\n}\n")
 			if err != nil {
 				return err
 			}
