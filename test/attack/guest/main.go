@@ -1,5 +1,6 @@
-// Command guest runs the attack suite in a Debian guest without Ringwall and
-// writes the results: the baseline that protected runs are compared with.
+// Command guest runs the attack suite in a Debian guest and writes the results.
+// Without -before the guest has no Ringwall: the baseline that protected runs
+// are compared with.
 //
 //	go run ./test/attack/guest -kernel 6.12 -o stock.jsonl
 package main
@@ -42,6 +43,7 @@ func run(ctx context.Context, args []string) error {
 	kernel := f.String("kernel", "6.12", "kernel of the guest")
 	out := f.String("o", "", "write results here as JSON lines")
 	options := f.String("options", "", "further options of evaluate run")
+	before := f.String("before", "", "script to run in the guest first, for instance to set protection up")
 	limit := f.Duration("limit", 30*time.Minute, "time for the whole run")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -58,6 +60,15 @@ func run(ctx context.Context, args []string) error {
 	defer os.RemoveAll(kit)
 	if said, err := exec.CommandContext(ctx, "go", "run", "ringwall/test/attack/build", "-o", kit).CombinedOutput(); err != nil {
 		return fmt.Errorf("build the kit: %w\n%s", err, said)
+	}
+	if *before != "" {
+		raw, err := os.ReadFile(*before)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(kit, "before"), raw, 0o755); err != nil {
+			return err
+		}
 	}
 	// one image for both kernels that Debian 12 offers
 	var kernels []vm.Kernel
@@ -100,6 +111,7 @@ func script(options string) string {
 	return strings.Join([]string{
 		"#!/bin/sh",
 		"id -u 1000 >/dev/null 2>&1 || useradd -m -u 1000 attacker",
+		"test ! -x /payload/before || /payload/before || exit 1",
 		"/payload/evaluate run -o /root/results " + options,
 		"rc=$?",
 		"sed 's/^/" + mark + "/' /root/results",
