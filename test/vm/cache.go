@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"ringwall/internal/errs"
 )
@@ -63,18 +64,31 @@ func cached(name string, build func(dir string) error) (string, error) {
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	tmp, err := os.MkdirTemp(filepath.Dir(dir), ".new-")
-	if err != nil {
+	// Of a build that was killed; the lock says that no other runs.
+	tmp := dir + ".new"
+	if err := removeTree(tmp); err != nil {
 		return "", err
 	}
-	defer os.RemoveAll(tmp)
-	if err := os.Chmod(tmp, 0o755); err != nil {
+	if err := os.Mkdir(tmp, 0o755); err != nil {
 		return "", err
 	}
+	defer removeTree(tmp)
 	if err := build(tmp); err != nil {
 		return "", fmt.Errorf("build %s: %w", name, err)
 	}
 	return dir, os.Rename(tmp, dir)
+}
+
+// removeTree removes a directory, unless something is mounted below it.
+func removeTree(dir string) error {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	if strings.Contains(string(mounts), " "+dir+"/") {
+		return fmt.Errorf("remove %s: something is mounted below it: %w", dir, errs.Conflict)
+	}
+	return os.RemoveAll(dir)
 }
 
 // lock takes the lock file, waiting for as long as another process holds it.
@@ -101,20 +115,36 @@ func lock(path string) (unlock func(), err error) {
 func command(ctx context.Context, dir, name string, args ...string) (string, error) {
 	c := exec.CommandContext(ctx, name, args...)
 	c.Dir = dir
+	return runCommand(c)
+}
+
+// isolated is command with a mount namespace of its own: what the program
+// mounts cannot be left behind, where the removal of a half-built directory
+// would descend into this machine's /dev and /sys. It needs root.
+func isolated(ctx context.Context, name string, args ...string) (string, error) {
+	c := exec.CommandContext(ctx, name, args...)
+	c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	return runCommand(c)
+}
+
+func runCommand(c *exec.Cmd) (string, error) {
 	// INITRD=No: the hooks of kernel packages make no boot image.
 	c.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive", "INITRD=No")
+	// Asked to stop rather than killed, mmdebstrap stops its children too.
+	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
+	c.WaitDelay = 20 * time.Second
 	var stderr strings.Builder
 	c.Stderr = &stderr
 	out, err := c.Output()
 	if err == nil {
 		return string(out), nil
 	}
-	if _, look := exec.LookPath(name); look != nil {
-		return "", fmt.Errorf("%s is not installed: %w", name, errs.Unsupported)
+	if _, look := exec.LookPath(c.Args[0]); look != nil {
+		return "", fmt.Errorf("%s is not installed: %w", c.Args[0], errs.Unsupported)
 	}
 	text := strings.TrimSpace(stderr.String())
 	if len(text) > 2000 {
 		text = "…" + text[len(text)-2000:]
 	}
-	return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, text)
+	return "", fmt.Errorf("%s: %w: %s", strings.Join(c.Args, " "), err, text)
 }

@@ -51,7 +51,7 @@ type Image struct {
 
 // imageRecipe is part of an image's name in the cache: raise it when the way
 // in which images are made changes.
-const imageRecipe = 1
+const imageRecipe = 2
 
 // DebianImage returns an image with what o asks for, building it with
 // mmdebstrap from the package sources of this machine if the cache has none.
@@ -110,7 +110,7 @@ func (b *imageBuilder) build(ctx context.Context) error {
 	if err := os.Remove(filepath.Join(b.dir, "InRelease")); err != nil {
 		return err
 	}
-	return os.RemoveAll(b.root)
+	return removeTree(b.root)
 }
 
 // bootstrap installs the packages. The package files and the indexes stay.
@@ -141,7 +141,7 @@ func (b *imageBuilder) bootstrap(ctx context.Context) error {
 	for _, suite := range []string{mirror + " bookworm", mirror + " bookworm-updates", security + " bookworm-security"} {
 		args = append(args, "deb [signed-by="+debianKeyring+"] "+suite+" main")
 	}
-	_, err = command(ctx, "", "mmdebstrap", args...)
+	_, err = isolated(ctx, "mmdebstrap", args...)
 	return err
 }
 
@@ -260,7 +260,8 @@ func makeDisk(ctx context.Context, path, root string, freeMiB int64) error {
 	}
 	// Inodes take 256 bytes each, the journal and the tables some more.
 	mib := size>>20 + size>>24 + files*256>>20 + 48 + freeMiB
+	// lazy_itable_init=0: no kernel thread finishes the work in the guest.
 	_, err = command(ctx, "", "mke2fs", "-q", "-t", "ext4", "-b", "4096", "-O", "verity", "-m", "0",
-		"-E", "root_owner=0:0,lazy_itable_init=1", "-N", fmt.Sprint(files+files/4+65536), "-d", root, path, fmt.Sprintf("%dM", mib))
+		"-E", "root_owner=0:0,lazy_itable_init=0", "-N", fmt.Sprint(files+files/4+65536), "-d", root, path, fmt.Sprintf("%dM", mib))
 	return err
 }
