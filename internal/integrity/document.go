@@ -634,25 +634,36 @@ func (d *document) kernel(n *yaml.Node, where string) [2]int {
 
 // addBaseline adds the built-in entries whose names the policy does not have.
 func (d *document) addBaseline(n *yaml.Node) {
-	b := &document{reader: reader{err: ParseError{Name: "baseline"}}, p: &Policy{}, baseline: true}
+	b := &Policy{}
 	if n != nil && d.number(n, "baseline", 0, lastBaseline) == 1 {
-		if root := b.document(baseline1); root != nil {
-			b.policy(root)
-		}
-		if err := b.failed(); err != nil { // a test keeps this from happening
+		var err error
+		if b, err = parseBaseline(); err != nil { // a test keeps this from happening
 			d.problem(n, "baseline", err.Error(), "")
+			return
 		}
 	}
 	p := d.p
-	d.mergeInterpreters(b.p.Interpreters)
-	for _, r := range b.p.Programs {
+	d.mergeInterpreters(b.Interpreters)
+	for _, r := range b.Programs {
 		if _, own := d.programLine[r.Rule]; !own {
 			p.Programs = append(p.Programs, r)
 		}
 	}
-	for _, k := range b.p.Knobs {
+	for _, k := range b.Knobs {
 		if _, own := d.knobLine[k.Name]; !own {
 			p.Knobs = append(p.Knobs, k)
 		}
 	}
+}
+
+func parseBaseline() (*Policy, error) {
+	b := &document{reader: reader{err: ParseError{Name: "baseline"}}, p: &Policy{}, baseline: true}
+	if root := b.document(baseline1); root != nil {
+		b.policy(root)
+	}
+	if err := b.failed(); err != nil {
+		return nil, err
+	}
+	b.p.Prepare()
+	return b.p, nil
 }
