@@ -123,7 +123,7 @@ func command(ctx context.Context, dir, name string, args ...string) (string, err
 // would descend into this machine's /dev and /sys. It needs root.
 func isolated(ctx context.Context, name string, args ...string) (string, error) {
 	c := exec.CommandContext(ctx, name, args...)
-	c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	c.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGTERM}
 	return runCommand(c)
 }
 
