@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -180,10 +179,8 @@ func (a *attempt) start(c call) error {
 	if path == "" {
 		path = c.argv[0]
 	}
-	// what outlives its starter is ended with the attempt's cgroup
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, path, c.argv[1:]...)
+	// no limit here: the attempt as a whole has one, and ends with all that it started
+	cmd := exec.Command(path, c.argv[1:]...)
 	cmd.Args[0] = c.argv[0]
 	cmd.Env = append(a.environment(), c.env...)
 	cmd.Stdin, cmd.Dir = c.stdin, c.dir

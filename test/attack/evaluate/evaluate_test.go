@@ -82,8 +82,6 @@ func TestMarkerHolds(t *testing.T) {
 	}
 }
 
-func alertedIs(v bool) *bool { return &v }
-
 func TestCompare(t *testing.T) {
 	stock := []result{
 		{ID: "a", Group: 1, As: "root", Outcome: ran},
@@ -97,12 +95,12 @@ func TestCompare(t *testing.T) {
 	}
 	protected := []result{
 		{ID: "a", Group: 1, As: "root", Outcome: stopped},
-		{ID: "a", Group: 1, As: "user", Outcome: ran, Alerted: alertedIs(true)},
-		{ID: "b", Group: 1, As: "root", Outcome: ran, Alerted: alertedIs(false)},
+		{ID: "a", Group: 1, As: "user", Outcome: ran, Alerted: new(true)},
+		{ID: "b", Group: 1, As: "root", Outcome: ran, Alerted: new(false)},
 		{ID: "d", Group: 2, As: "root", Outcome: ran},
 		{ID: "f", Group: 3, As: "root", Outcome: notHere},
 		{ID: "g", Group: 3, As: "root", Outcome: broken},
-		{ID: "x", Group: 35, As: "root", Outcome: stopped, Agent: true, Alerted: alertedIs(true)},
+		{ID: "x", Group: 35, As: "root", Outcome: stopped, Agent: true, Alerted: new(true)},
 	}
 	var out bytes.Buffer
 	if err := compare(&out, stock, protected); err != nil {

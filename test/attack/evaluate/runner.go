@@ -50,7 +50,7 @@ func (r *runner) run(ctx context.Context, plan []attemptPlan) ([]result, error) 
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		res := r.attempt(p)
+		res := r.attempt(ctx, p)
 		out = append(out, res)
 		fmt.Fprintf(r.progress, "%3d/%d %-11s %-4s %-26s %5.1fs %s\n", i+1, len(plan), res.Outcome, res.As, res.ID, res.Seconds, res.Error)
 	}
@@ -72,7 +72,7 @@ func fileSize(path string) int64 {
 	return st.Size()
 }
 
-func (r *runner) attempt(p attemptPlan) result {
+func (r *runner) attempt(ctx context.Context, p attemptPlan) result {
 	t := p.technique
 	res := result{
 		ID: t.ID, Group: t.Group, Title: t.Title, As: p.as.String(), Stop: t.Stop, Agent: t.Agent, Outcome: stopped,
@@ -97,7 +97,7 @@ func (r *runner) attempt(p attemptPlan) result {
 	if t.Limit > 0 {
 		limit = time.Duration(t.Limit) * time.Second
 	}
-	ans, pid, hung, err := r.child(a, t, limit)
+	ans, pid, hung, err := r.child(ctx, a, t, limit)
 	res.pid, res.Hung = pid, hung
 	res.Error = ans.Error
 	switch {
@@ -141,12 +141,12 @@ func (r *runner) prepare(t technique, as who) (*attempt, error) {
 var errNoAttempt = errors.New("attempt not started")
 
 // child runs the attempt and ends everything that it started.
-func (r *runner) child(a *attempt, t technique, limit time.Duration) (ans answer, pid int, hung bool, err error) {
+func (r *runner) child(ctx context.Context, a *attempt, t technique, limit time.Duration) (ans answer, pid int, hung bool, err error) {
 	arg, err := json.Marshal(a)
 	if err != nil {
 		return ans, 0, false, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.self, "attempt", string(arg))
 	attr := &syscall.SysProcAttr{Setsid: true}
@@ -179,7 +179,7 @@ func (r *runner) child(a *attempt, t technique, limit time.Duration) (ans answer
 	} else if err != nil {
 		err = fmt.Errorf("%w: %s", err, &wrong)
 	}
-	return ans, pid, ctx.Err() != nil, err
+	return ans, pid, errors.Is(ctx.Err(), context.DeadlineExceeded), err
 }
 
 // cgroup holds all processes of one attempt, however they detach themselves.
