@@ -201,10 +201,11 @@ func (c *collector) Write(p []byte) (int, error) {
 		if b != '\n' {
 			continue
 		}
-		if err := c.take(); err != nil {
+		err := c.take()
+		c.line = c.line[:0]
+		if err != nil {
 			return 0, err
 		}
-		c.line = c.line[:0]
 	}
 	return len(p), nil
 }

@@ -34,6 +34,9 @@ type engine struct {
 }
 
 func openEngine(out io.Writer) (*engine, error) {
+	if err := os.MkdirAll(workDir, 0o755); err != nil { //nolint:gosec // a guest's scratch
+		return nil, err
+	}
 	g, err := cgroup(scopeCgroup)
 	if err != nil {
 		return nil, err
@@ -180,10 +183,10 @@ func programs() (map[string]count, error) {
 // profile tells how often each program runs in an operation, and for how long.
 // The figures hold the kernel's own cost of counting.
 func (e *engine) profile(ctx context.Context) error {
-	if err := os.WriteFile(dataFile, bytes.Repeat([]byte("data\n"), 2000), 0o644); err != nil { //nolint:gosec // no secret
+	if err := os.MkdirAll(filepath.Dir(dataFile), 0o755); err != nil { //nolint:gosec // as everywhere
 		return err
 	}
-	if err := os.MkdirAll(workDir, 0o755); err != nil { //nolint:gosec // a guest's scratch
+	if err := os.WriteFile(dataFile, bytes.Repeat([]byte("data\n"), 2000), 0o644); err != nil { //nolint:gosec // no secret
 		return err
 	}
 	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
@@ -231,9 +234,6 @@ func swaps(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	defer e.Close()
-	if err := os.MkdirAll(workDir, 0o755); err != nil { //nolint:gosec // a guest's scratch
-		return err
-	}
 	bad := filepath.Join(workDir, "unlisted")
 	b, err := os.ReadFile(tiny)
 	if err != nil {
