@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"ringwall/internal/codesign"
-	"ringwall/internal/enforce"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
 )
