@@ -124,10 +124,12 @@ func (w *learner) rule(s string) string {
 	if s == "" {
 		s = "rule"
 	}
-	if w.taken[s]++; w.taken[s] > 1 {
-		return w.rule(fmt.Sprintf("%s-%d", s, w.taken[s]))
+	name := s
+	for n := 2; w.taken[name] > 0; n++ {
+		name = fmt.Sprintf("%s-%d", s, n) // after the cut, or it would be cut off again
 	}
-	return s
+	w.taken[name] = 1
+	return name
 }
 
 func (w *learner) block(indent int, key, text string) {

@@ -129,3 +129,20 @@ func FuzzLearn(f *testing.F) {
 		}
 	})
 }
+
+// Long names that differ behind the cut still become two rules.
+func TestLearn_longNames(t *testing.T) {
+	long := "/opt/" + strings.Repeat("a-long-directory-name/", 4)
+	var in integrity.LearnInput
+	for i, dir := range []string{"x", "y", "z"} {
+		in.Files = append(in.Files, integrity.LearnedFile{SHA256: digest(i + 1), Path: long + dir + "/run", Kinds: integrity.SetOf(integrity.KindExec)})
+	}
+	doc, err := integrity.Learn(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := integrity.ParsePolicy(doc)
+	if err != nil || len(p.Allow) != 3 {
+		t.Errorf("%d rules, want 3: %v", len(p.Allow), err)
+	}
+}
