@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -116,6 +117,16 @@ func disguises() []technique {
 				return err
 			}
 			return a.run("gdb", "-nx", "-batch", "-x", p)
+		}},
+		{ID: "dot-fifo", Group: 26, As: asBoth, Title: "authorised shell script reads a named pipe (.)", Stop: byRead, Run: func(a *attempt) error {
+			return runFifo(a, language{code: "sh", argv: []string{"sh", a.listed("dot.sh")}})
+		}},
+		{ID: "dot-memfd", Group: 28, As: asBoth, Title: "authorised shell script reads a memfd (.)", Stop: byRead, Run: func(a *attempt) error {
+			fd, err := memfdOf([]byte(a.code("sh")), 0)
+			if err != nil {
+				return err
+			}
+			return a.run("sh", a.listed("dot.sh"), fmt.Sprintf("/proc/self/fd/%d", fd))
 		}},
 		{ID: "python-pycache", Group: 25, As: asBoth, Title: "compiled module put into PYTHONPYCACHEPREFIX", Stop: byRead, Run: pythonCache},
 		{ID: "search-bash", Group: 26, As: asBoth, Title: "bash finds its script in PATH", Stop: byRead, Run: searched("bash", "sh")},

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -81,8 +82,20 @@ func debugging() []technique {
 		toolTechnique("ptrace-attach", 22, "ptrace-attach", "a child's code written by ptrace (attach)", byDebug),
 		toolTechnique("ptrace-seize", 22, "ptrace-seize", "a child's code written by ptrace (seize)", byDebug),
 		toolTechnique("ptrace-traceme", 22, "ptrace-traceme", "a child asks to be traced", byDebug),
+		{ID: "gdb-write", Group: 22, As: asBoth, Title: "a program's code written by gdb", Stop: byDebug, Run: gdbWrite},
 		toolTechnique("vm-write", 22, "vm-write", "a child's code written by process_vm_writev", byDebug),
 	}
+}
+
+func gdbWrite(a *attempt) error {
+	n, err := strconv.ParseUint(a.Token[:8], 16, 32)
+	if err != nil {
+		return err
+	}
+	// mov eax, n; ret: the same as the C tool's put_code
+	code := fmt.Sprintf("set {unsigned char[6]}innocent = {0xb8,%#x,%#x,%#x,%#x,0xc3}", n&0xff, n>>8&0xff, n>>16&0xff, n>>24)
+	return a.run("gdb", "-nx", "-batch", "-ex", "break innocent", "-ex", "run", "-ex", "delete", "-ex", code, "-ex", "continue",
+		"--args", a.inKit("attack"), "innocent", a.Token, a.Marker)
 }
 
 // writers are techniques that change authorised code while it is mapped, or below its file system: groups 23 and 24.

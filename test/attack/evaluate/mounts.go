@@ -26,6 +26,7 @@ func mounts() []technique {
 		{ID: "tmpfs-usr-bin", Group: 5, As: asBoth, Mounts: true, Title: "tmpfs over /usr/bin", Stop: byExec, Run: tmpfsOverBin},
 		{ID: "chroot", Group: 5, As: asBoth, Mounts: true, Title: "changed root", Stop: byExec, Run: changedRoot},
 		{ID: "pivot-root", Group: 5, As: asBoth, Mounts: true, Title: "pivoted root", Stop: byExec, Run: pivotedRoot},
+		{ID: "container", Group: 5, As: asRoot, Mounts: true, Title: "container with an unlisted program", Stop: byExec, Run: container},
 		{ID: "overlay-upper", Group: 6, As: asBoth, Mounts: true, Title: "trusted program changed in an overlay", Stop: byExec, Run: overlayUpper},
 		{ID: "overlay-usr-bin", Group: 6, As: asBoth, Mounts: true, Title: "overlay mounted on /usr/bin", Stop: byExec, Run: overlayBin},
 		{ID: "overlay-lower", Group: 6, As: asBoth, Mounts: true, Title: "unlisted program in an overlay's lower layer", Stop: byExec, Run: overlayLower},
@@ -180,6 +181,25 @@ func pivotedRoot(a *attempt) error {
 		return errors.New("the payload did not run")
 	}
 	return os.WriteFile("/old"+a.Marker, []byte(a.Token), 0o600)
+}
+
+// container runs the payload with runc, in the host's network and cgroup namespaces: those are not the point.
+func container(a *attempt) error {
+	root, err := a.inRoot()
+	if err != nil {
+		return err
+	}
+	config := fmt.Sprintf(`{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":["/bin/true"],"cwd":"/"},
+"root":{"path":%q},"mounts":[{"destination":"/proc","type":"proc","source":"proc"}],
+"linux":{"namespaces":[{"type":"pid"},{"type":"mount"},{"type":"uts"},{"type":"ipc"}]}}`, root)
+	if _, err := a.write("config.json", config); err != nil {
+		return err
+	}
+	err = a.run("runc", "--root", a.path("run"), "run", "-b", a.Dir, "attack-"+a.Token)
+	if err != nil {
+		return err
+	}
+	return a.adopt(root + "/marker")
 }
 
 // overlay mounts lower and a fresh upper layer on a directory.
