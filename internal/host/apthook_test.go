@@ -74,16 +74,7 @@ func TestParseAptHook_apt(t *testing.T) {
 		}
 	}
 	dir := t.TempDir()
-	writeTree(t, dir, map[string]string{
-		"p/DEBIAN/control": "Package: ringwall-probe\nVersion: 1:2.0~x+1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\nDescription: probe\n",
-		"state/status":     "",
-		"state/lists/x":    "",
-		"cache/archives/x": "",
-	})
-	deb := filepath.Join(dir, "ringwall probe.deb")
-	if out, err := exec.CommandContext(t.Context(), "dpkg-deb", "--build", filepath.Join(dir, "p"), deb).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	deb := buildDeb(t, dir)
 	for version := range map[string]bool{"1": true, "2": true, "3": true} {
 		said := filepath.Join(dir, "said-"+version)
 		hook := filepath.Join(dir, "hook-"+version)
@@ -91,8 +82,7 @@ func TestParseAptHook_apt(t *testing.T) {
 			t.Fatal(err)
 		}
 		conf := filepath.Join(dir, "conf-"+version)
-		writeTree(t, dir, map[string]string{"conf-" + version: `Dir::Etc "/nonexistent"; Dir::Etc::parts "/nonexistent"; Dir::State "` + dir + `/state"; Dir::State::status "` + dir + `/state/status";
-Dir::Cache "` + dir + `/cache"; Dir::Log "` + dir + `"; Dir::Bin::dpkg "/bin/true"; Debug::NoLocking "1"; APT::Sandbox::User "root";
+		writeTree(t, dir, map[string]string{"conf-" + version: aptDirs(dir) + `Dir::Bin::dpkg "/bin/true";
 DPkg::Pre-Install-Pkgs {"` + hook + ` --apt";}; DPkg::Tools::Options::` + hook + `::Version "` + version + `";
 `})
 		apt := exec.CommandContext(t.Context(), "apt-get", "install", "-y", deb)
@@ -114,6 +104,29 @@ DPkg::Pre-Install-Pkgs {"` + hook + ` --apt";}; DPkg::Tools::Options::` + hook +
 			t.Errorf("version %s: %+v, %v; apt said\n%s", version, got, err, b)
 		}
 	}
+}
+
+// buildDeb builds a package whose file name has a space in it.
+func buildDeb(t *testing.T, dir string) string {
+	t.Helper()
+	writeTree(t, dir, map[string]string{
+		"p/DEBIAN/control": "Package: ringwall-probe\nVersion: 1:2.0~x+1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\nDescription: probe\n",
+		"state/status":     "",
+		"state/lists/x":    "",
+		"cache/archives/x": "",
+	})
+	deb := filepath.Join(dir, "ringwall probe.deb")
+	if out, err := exec.CommandContext(t.Context(), "dpkg-deb", "--build", filepath.Join(dir, "p"), deb).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return deb
+}
+
+// aptDirs is a configuration that keeps apt away from the system's.
+func aptDirs(dir string) string {
+	return strings.ReplaceAll(`Dir::Etc "/nonexistent"; Dir::Etc::parts "/nonexistent"; Dir::State "DIR/state"; Dir::State::status "DIR/state/status";
+Dir::Cache "DIR/cache"; Dir::Log "DIR"; Debug::NoLocking "1"; APT::Sandbox::User "root";
+`, "DIR", dir)
 }
 
 func FuzzParseAptHook(f *testing.F) {

@@ -191,3 +191,94 @@ func TestAptConf(t *testing.T) {
 		}
 	}
 }
+
+// TestEarlyScript runs the initramfs script with other paths and a stand-in for
+// the agent.
+func TestEarlyScript(t *testing.T) {
+	for _, c := range []struct {
+		name, agent  string
+		state        bool
+		failed, kmsg string
+	}{
+		{"loads", "exit 0", true, "", "ringwall: the policy is in the kernel\n"},
+		{"fails", "echo why; exit 7", true, "7\n", "ringwall: no policy in the kernel yet, see RUN/early.log\n"},
+		{"no state", "exit 0", false, "", ""},
+		{"no agent", "", true, "", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			writeTree(t, dir, map[string]string{"root/x": "", "bin/x": ""})
+			if c.state {
+				writeTree(t, dir, map[string]string{"root/var/lib/ringwall/x": ""})
+			}
+			if c.agent != "" {
+				script := "#!/bin/sh\necho \"$*\" >" + dir + "/called\n" + c.agent + "\n"
+				if err := os.WriteFile(filepath.Join(dir, "bin/ringwall"), []byte(script), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			text := strings.NewReplacer("/usr/bin/ringwall", dir+"/bin/ringwall", "/run/ringwall", dir+"/run", "/dev/kmsg", dir+"/kmsg",
+				"/sys/kernel/security/lsm", dir).Replace(earlyText)
+			sh := exec.CommandContext(t.Context(), "sh", "-c", text, "early")
+			sh.Env = append(os.Environ(), "rootmnt="+dir+"/root")
+			if out, err := sh.CombinedOutput(); err != nil || len(out) != 0 {
+				t.Errorf("%v: %s", err, out)
+			}
+			get := func(name string) string { b, _ := os.ReadFile(filepath.Join(dir, name)); return string(b) }
+			if want := map[bool]string{true: "agent --early --state " + dir + "/root/var/lib/ringwall\n"}[c.kmsg != ""]; get("called") != want {
+				t.Errorf("called with %q, want %q", get("called"), want)
+			}
+			if get("run/early.failed") != c.failed || get("kmsg") != strings.ReplaceAll(c.kmsg, "RUN", dir+"/run") {
+				t.Errorf("failed %q, kmsg %q", get("run/early.failed"), get("kmsg"))
+			}
+		})
+	}
+}
+
+// TestAptConf_refuses lets apt install a package while our hook allows it,
+// refuses it, or is not there.
+func TestAptConf_refuses(t *testing.T) {
+	for _, c := range []string{"apt-get", "dpkg-deb"} {
+		if _, err := exec.LookPath(c); err != nil {
+			t.Skip("SKIP: no", c)
+		}
+	}
+	for name, c := range map[string]struct {
+		hook     string
+		installs bool
+	}{"allowed": {"exit 0", true}, "refused": {"exit 1", false}, "killed": {"kill -9 $$", false}, "not there": {"", true}} {
+		t.Run(name, func(t *testing.T) {
+			hook, installs := c.hook, c.installs
+			dir := t.TempDir()
+			deb := buildDeb(t, dir)
+			bin := filepath.Join(dir, "bin-ringwall")
+			text := strings.ReplaceAll(aptText, "/usr/bin/ringwall", bin)
+			writeTree(t, dir, map[string]string{"conf": aptDirs(dir) + `Dir::Bin::dpkg "` + dir + `/dpkg";` + "\n" + text})
+			scripts := map[string]string{"dpkg": "[ \"$1\" = --print-foreign-architectures ] || echo \"$*\" >>" + dir + "/unpacked"}
+			if hook != "" {
+				scripts["bin-ringwall"] = "echo \"$*\" >>" + dir + "/asked\n[ \"$3\" = --apt ] || exit 1\ncat >" + dir + "/said\n" + hook
+			}
+			for name, s := range scripts {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+s+"\n"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			apt := exec.CommandContext(t.Context(), "apt-get", "install", "-y", deb)
+			apt.Env = append(os.Environ(), "APT_CONFIG="+filepath.Join(dir, "conf"))
+			out, err := apt.CombinedOutput()
+			unpacked, _ := os.ReadFile(filepath.Join(dir, "unpacked"))
+			if (err == nil) != installs || strings.Contains(string(unpacked), "--unpack") != installs {
+				t.Errorf("apt: %v, dpkg was asked: %q\n%s", err, unpacked, out)
+			}
+			if hook == "" {
+				return
+			}
+			if b, err := os.ReadFile(filepath.Join(dir, "said")); err != nil || !strings.HasPrefix(string(b), "VERSION 3\n") {
+				t.Errorf("the hook was told %.20q, %v", b, err)
+			}
+			if b, _ := os.ReadFile(filepath.Join(dir, "asked")); strings.Contains(string(b), "packages trust --apt-done") != installs {
+				t.Errorf("the hook was asked %q", b)
+			}
+		})
+	}
+}
