@@ -1,10 +1,12 @@
 package main
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"strconv"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -128,6 +130,7 @@ func writers() []technique {
 		{ID: "write-old-under-overlay", Group: 23, As: asBoth, Mounts: true, Title: "the same by a descriptor opened before", Stop: byWrite, Run: writeUnderOverlay("change-old-fd")},
 		{ID: "image-write", Group: 24, As: asRoot, Mounts: true, Title: "image file written below a mounted file system", Stop: byVersion, Run: belowMount(func(image, device string) string { return image })},
 		{ID: "device-write", Group: 24, As: asRoot, Mounts: true, Title: "block device written below a mounted file system", Stop: byBlock, Run: belowMount(func(image, device string) string { return device })},
+		{ID: "swap-write", Group: 24, As: asRoot, Mounts: true, Title: "library's page changed while it is swapped out", Stop: byBlock, Run: swapWrite},
 		{ID: "dev-mem", Group: 24, As: asRoot, Title: "physical memory opened for writing (/dev/mem)", Stop: byBlock, Ran: "memory beyond the first MiB could be mapped writable", Run: devMem},
 	}
 }
@@ -198,6 +201,33 @@ func belowMount(through func(image, device string) string) func(*attempt) error 
 		}
 		return a.run(victim)
 	}
+}
+
+// swapWrite swaps to a loop device and changes the file below it.
+func swapWrite(a *attempt) error {
+	const size, page = 8 << 20, 4096
+	raw := make([]byte, size)
+	// the header that mkswap(8) writes: version 1, last page, magic at the end of the first page
+	binary.LittleEndian.PutUint32(raw[1024:], 1)
+	binary.LittleEndian.PutUint32(raw[1028:], size/page-1)
+	copy(raw[page-10:], "SWAPSPACE2")
+	below := a.path("below")
+	if err := os.WriteFile(below, raw, 0o600); err != nil {
+		return err
+	}
+	device, err := loop(below)
+	if err != nil {
+		return err
+	}
+	defer clearLoop(device)
+	name := append([]byte(device), 0)
+	if _, _, e := unix.Syscall(unix.SYS_SWAPON, uintptr(unsafe.Pointer(&name[0])), 0, 0); e != 0 {
+		return fmt.Errorf("swapon: %w", e)
+	}
+	defer unix.Syscall(unix.SYS_SWAPOFF, uintptr(unsafe.Pointer(&name[0])), 0, 0)
+	lib := "/dev/shm/rw-" + a.Token
+	defer os.Remove(lib)
+	return errors.Join(copyFile(a.inKit("librwdemo.so"), lib), a.tool("swapped", lib, below))
 }
 
 func devMem(a *attempt) error {

@@ -313,6 +313,13 @@ func loop(image string) (string, error) {
 	return device, nil
 }
 
+func clearLoop(device string) {
+	if d, err := os.Open(device); err == nil {
+		_ = unix.IoctlSetInt(int(d.Fd()), unix.LOOP_CLR_FD, 0)
+		d.Close()
+	}
+}
+
 // mountImage attaches an image and mounts it on m.
 func (a *attempt) mountImage(image, kind string, flags uintptr) (device string, undo func(), err error) {
 	device, err = loop(image)
@@ -321,10 +328,7 @@ func (a *attempt) mountImage(image, kind string, flags uintptr) (device string, 
 	}
 	undo = func() {
 		_ = unix.Unmount(a.path("m"), unix.MNT_DETACH)
-		if d, err := os.Open(device); err == nil {
-			_ = unix.IoctlSetInt(int(d.Fd()), unix.LOOP_CLR_FD, 0)
-			d.Close()
-		}
+		clearLoop(device)
 	}
 	if err := mount(device, a.path("m"), kind, flags, ""); err != nil {
 		undo()

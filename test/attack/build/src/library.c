@@ -133,6 +133,40 @@ static int old_map(char **a) { return change(a, (struct change){ .early = 1, .ma
 static int new_fd(char **a) { return change(a, (struct change){}); }
 static int truncated(char **a) { return change(a, (struct change){ .early = 1, .truncate = 1 }); }
 
+/*
+ * The page with the code is pushed out to swap, changed there and fetched
+ * again. a[0]: a copy of the demo library on tmpfs, a[1]: the file below the
+ * loop device that is swapped to. The library is mapped, and so judged, before.
+ */
+static int swapped(char **a)
+{
+	static char disk[32 << 20];
+	long off = demo_offset(a[0]), in = off % PAGE;
+	int fd = off < 0 ? -1 : open(a[0], O_RDONLY), below = open(a[1], O_RDWR);
+	if (fd < 0 || below < 0)
+		return failed("open");
+	char *p = mmap(NULL, PAGE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, off - in), copy[PAGE];
+	if (p == MAP_FAILED)
+		return failed("mmap");
+	memcpy(copy, p, PAGE);
+	for (int i = 0; i < 50; i++) {
+		unsigned char there = 1;
+		if (madvise(p, PAGE, MADV_PAGEOUT))
+			return failed("MADV_PAGEOUT");
+		usleep(100000);
+		ssize_t n = pread(below, disk, sizeof(disk), 0);
+		char *at = n <= 0 || mincore(p, PAGE, &there) || there & 1 ? NULL : memmem(disk, n, copy, PAGE);
+		if (!at)
+			continue;
+		put_code(at + in);
+		if (pwrite(below, at, PAGE, at - disk) != PAGE)
+			return failed("pwrite");
+		return call(p + in);
+	}
+	errno = EAGAIN;
+	return failed("the page did not go to swap");
+}
+
 /* a[0]: libpython, a[1]: a script. The process becomes an interpreter without being one. */
 static int python(char **a)
 {
@@ -148,6 +182,7 @@ static int python(char **a)
 const struct technique library_techniques[] = {
 	{ "dlopen", plain },
 	{ "libpython", python },
+	{ "swapped", swapped },
 	{ "dlmopen", other_namespace },
 	{ "dlopen-memfd", from_memfd },
 	{ "dlopen-unlinked", from_unlinked },
