@@ -271,3 +271,27 @@ func TestVerifyMD5Here(t *testing.T) {
 	}
 	t.Logf("%+v", sum)
 }
+
+// TestLinks resolves directories below a root as a process with that root
+// would: never out of it, and never for ever.
+func TestLinks(t *testing.T) {
+	root := t.TempDir()
+	writeTree(t, root, map[string]string{"usr/lib/x/f": "", "etc/f": ""})
+	for name, to := range map[string]string{
+		"lib": "usr/lib", "abs": "/usr/lib/x", "out": "../../../../etc", "up": "/../../etc", "a": "b", "b": "a", "self": "self",
+		"usr/lib/back": "../../lib/x", "chain": "usr/lib/back",
+	} {
+		if err := os.Symlink(to, filepath.Join(root, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for in, want := range map[string]string{
+		"/lib/x/f": "/usr/lib/x/f", "/abs/f": "/usr/lib/x/f", "/out/passwd": "/etc/passwd", "/up/passwd": "/etc/passwd",
+		"/chain/f": "/usr/lib/x/f", "/gone/f": "/gone/f", "/lib": "/lib", "/a/f": "", "/self/f": "",
+	} {
+		got, err := newLinks(root).parent(in)
+		if got != want || (want == "") != errors.Is(err, errs.Invalid) {
+			t.Errorf("%s: %q, %v; want %q", in, got, err, want)
+		}
+	}
+}

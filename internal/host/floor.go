@@ -180,7 +180,7 @@ func ResetFloor(dir, tpm string, ownerAuth []byte) error {
 
 func (f *fileFloor) Describe() string {
 	if f.tpm != "" {
-		return fmt.Sprintf("a counter in the TPM at %s (index %#08x) tells an old copy of the sealed file from the newest, also after the disk was put back; "+
+		return fmt.Sprintf("a counter in the TPM at %s (index 0x%08x) tells an old copy of the sealed file from the newest, also after the disk was put back; "+
 			"who has the TPM's owner password, often empty, and can write the state directory can remove both, which shows as a host without a floor", f.tpm, counterIndex)
 	}
 	return "a sealed file, without a TPM: it shows changes to the file, but not that the whole state directory was put back to an older copy, " +

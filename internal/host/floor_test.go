@@ -129,7 +129,7 @@ func TestFloor(t *testing.T) {
 		if _, err := InitFloor(dir, tpm, nil); !errors.Is(err, errs.Conflict) {
 			t.Errorf("second first start: %v", err)
 		}
-		if d := f.Describe(); strings.Contains(d, "TPM at") != (tpm != NoTPM) {
+		if d := f.Describe(); strings.Contains(d, "(index 0x01805257)") != (tpm != NoTPM) {
 			t.Error(d)
 		}
 		if err := ResetFloor(dir, tpm, nil); err != nil {
