@@ -25,6 +25,9 @@ type File struct {
 	Verity Digest // its fs-verity digest, if known
 	Kinds  KindSet
 	Names  []string // without leading slash; copied
+	// Data: it is no code by itself and is listed for interpreters that may read
+	// authorised files only. Compile makes no difference.
+	Data bool
 }
 
 // CompileOptions are what a host adds to its policy.
@@ -139,7 +142,7 @@ func (c *Compiled) read(sources []Source) error {
 	c.byVerity = make([]int32, 0, verity)
 	for i := range c.records {
 		if !c.records[i].verity.IsZero() {
-			c.byVerity = append(c.byVerity, int32(i)) //nolint:gosec // bounded
+			c.byVerity = append(c.byVerity, int32(i))
 		}
 	}
 	slices.SortFunc(c.byVerity, func(a, b int32) int {
@@ -216,7 +219,7 @@ func (c *Compiled) build() error {
 	b.signRecords()
 	order := make([]int32, len(c.records))
 	for i := range order {
-		order[i] = int32(i) //nolint:gosec // bounded
+		order[i] = int32(i)
 	}
 	bySHA := b.judge(order, SpaceSHA256)
 	byVerity := b.judge(c.byVerity, SpaceFSVerity)

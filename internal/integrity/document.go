@@ -629,7 +629,7 @@ func (d *document) kernel(n *yaml.Node, where string) [2]int {
 	if !found || err != nil || err2 != nil {
 		d.problem(n, where, "must be a kernel version", `as in "6.12"`)
 	}
-	return [2]int{int(major), int(minor)} //nolint:gosec // 8 bits
+	return [2]int{int(major), int(minor)}
 }
 
 // addBaseline adds the built-in entries whose names the policy does not have.

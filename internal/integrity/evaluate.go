@@ -1,6 +1,7 @@
 package integrity
 
 import (
+	"slices"
 	"strconv"
 	"time"
 )
@@ -392,10 +393,8 @@ func (x *index) vouches(m *Membership, now time.Time) bool {
 	}
 	o := m.Origin
 	if !o.Release.IsZero() {
-		for _, r := range x.release[o.Release].rules {
-			if holds(r) {
-				return true
-			}
+		if slices.ContainsFunc(x.release[o.Release].rules, holds) {
+			return true
 		}
 		for _, r := range x.signers[o.Authority] {
 			if holds(r) && x.p.Allow[r].Signer.covers(o) {
@@ -406,10 +405,8 @@ func (x *index) vouches(m *Membership, now time.Time) bool {
 	if o.Package == "" {
 		return false
 	}
-	for _, r := range x.packages.exact[[2]string{o.Archive, o.Package}] {
-		if holds(r) {
-			return true
-		}
+	if slices.ContainsFunc(x.packages.exact[[2]string{o.Archive, o.Package}], holds) {
+		return true
 	}
 	for _, p := range x.packages.patterns[o.Archive] {
 		if holds(p.n) && globs(p.text, o.Package) {
@@ -471,13 +468,5 @@ func (x *index) eachMatch(o *Object, m *Membership, visit func(*match)) {
 }
 
 func (x *index) lists(d Digest, n int32) bool {
-	if d.IsZero() {
-		return false
-	}
-	for _, k := range x.digests[d] {
-		if k == n {
-			return true
-		}
-	}
-	return false
+	return !d.IsZero() && slices.Contains(x.digests[d], n)
 }

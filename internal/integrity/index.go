@@ -78,17 +78,17 @@ func newIndex(p *Policy) *index {
 		names: newNameIndex(), digests: map[Digest][]int32{},
 	}
 	for i := range p.Allow {
-		x.addAllow(int32(i), &p.Allow[i]) //nolint:gosec // a policy is bounded
+		x.addAllow(int32(i), &p.Allow[i])
 	}
 	for i := range p.Deny {
-		x.addDeny(int32(i), &p.Deny[i]) //nolint:gosec // a policy is bounded
+		x.addDeny(int32(i), &p.Deny[i])
 	}
 	for i := range p.Programs {
-		x.addMatch(match{Match: p.Programs[i].Match, program: int32(i), interpreter: -1}) //nolint:gosec // a policy is bounded
+		x.addMatch(match{Match: p.Programs[i].Match, program: int32(i), interpreter: -1})
 	}
 	for i := range p.Interpreters {
 		for _, m := range p.Interpreters[i].Match {
-			x.addMatch(match{Match: m, program: -1, interpreter: int32(i)}) //nolint:gosec // a policy is bounded
+			x.addMatch(match{Match: m, program: -1, interpreter: int32(i)})
 		}
 	}
 	return x
