@@ -31,7 +31,11 @@ func (e *Engine) adopt(pid int, t engineTask) error {
 	if err := e.objs.Adopted.Put(uint32(pid), engineAdoption{Start: start, Task: t}); err != nil {
 		return fmt.Errorf("adopt process %d: %w", pid, err)
 	}
-	return nil
+	now, err := sinceBoot()
+	if err != nil {
+		return err
+	}
+	return e.change(func(st *engineSteering) { st.AdoptedUntilNs = uint64(now) })
 }
 
 // Running is a process that was there before enforcement.

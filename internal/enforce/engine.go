@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,7 +20,10 @@ import (
 )
 
 // layout is LAYOUT of bpf/ringwall.h.
-const layout = 1
+const layout = 2
+
+// linkPrefix starts the pins of attached programs; the others are maps.
+const linkPrefix = "link_"
 
 // DefaultPinDir is where the agent keeps its private bpffs.
 const DefaultPinDir = "/run/ringwall/bpf"
@@ -32,6 +36,9 @@ type Options struct {
 	// ScopeCgroup confines the policy to the processes of one cgroup (v2
 	// directory). Empty: the whole system.
 	ScopeCgroup string
+	// CanaryDir is where canaries are written: a directory that only the agent
+	// can write, on a file system without noexec. Empty: a usual place is found.
+	CanaryDir string
 }
 
 // Engine is the loaded enforcement engine. Its methods may be called from
@@ -41,10 +48,12 @@ type Engine struct {
 	objs  engineObjects
 	links map[string]link.Link
 
-	mu     sync.Mutex
-	table  *ebpf.Map // the live generation's table
-	active uint32
-	shape  *ebpf.MapSpec // what a table must look like
+	mu       sync.Mutex
+	table    *ebpf.Map // the live generation's table
+	active   uint32
+	canaries map[integrity.Digest]bool // the unlisted files of recent canaries
+	shape    *ebpf.MapSpec             // what a table must look like
+	steers   sync.Mutex                // held over each change of the control map
 	// TookOver says that pinned programs were already enforcing.
 	TookOver bool
 }
@@ -87,9 +96,14 @@ func (e *Engine) open() error {
 			}
 		}
 	}
-	dropUnsupported(spec)
+	if err := dropUnsupported(spec); err != nil {
+		return err
+	}
 	e.shape = spec.Maps[engineMapTables].InnerMap
 	if err := spec.LoadAndAssign(&e.objs.engineMaps, &options); err != nil {
+		if errors.Is(err, ebpf.ErrMapIncompatible) {
+			return fmt.Errorf("kernel maps of another version are in place: reboot, or run the agent that made them: %w: %w", err, errs.Conflict)
+		}
 		return fmt.Errorf("make the kernel maps: %w", err)
 	}
 	st, err := e.steering()
@@ -102,18 +116,23 @@ func (e *Engine) open() error {
 	e.active = st.Active
 	e.TookOver = st.Layout == layout
 	object := sha256.Sum256(_EngineBytes)
-	if e.TookOver && st.Object == object && e.reopenLinks(spec) {
-		return e.reopenTable()
-	}
+	same := e.TookOver && st.Object == object && e.reopenLinks(spec)
 	if err := e.setScope(&st); err != nil {
 		return err
 	}
-	st.Layout, st.Object, st.Overlay = layout, object, overlayShape()
+	st.Layout, st.Overlay = layout, overlayShape()
 	if err := e.steer(st); err != nil {
 		return err
 	}
-	if err := e.attach(spec); err != nil {
-		return err
+	if !same {
+		if err := e.attach(spec); err != nil {
+			return err
+		}
+		// last, so that an agent that died half-way attaches again
+		st.Object = object
+		if err := e.steer(st); err != nil {
+			return err
+		}
 	}
 	if e.TookOver {
 		return e.reopenTable()
@@ -139,7 +158,7 @@ func (e *Engine) attach(spec *ebpf.CollectionSpec) error {
 	}
 	defer coll.Close()
 	for name, prog := range coll.Programs {
-		l, err := link.AttachLSM(link.LSMOptions{Program: prog})
+		l, err := attachOne(prog)
 		if err != nil {
 			return fmt.Errorf("attach %s: %w", name, err)
 		}
@@ -147,12 +166,43 @@ func (e *Engine) attach(spec *ebpf.CollectionSpec) error {
 		if e.opts.PinDir == "" {
 			continue
 		}
-		pin := filepath.Join(e.opts.PinDir, "link_"+name)
+		pin := filepath.Join(e.opts.PinDir, linkPrefix+name)
+		// left by an agent that died between the two steps
+		if err := os.Remove(pin + "_new"); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("pin %s: %w", name, err)
+		}
 		if err := l.Pin(pin + "_new"); err != nil {
 			return fmt.Errorf("pin %s: %w", name, err)
 		}
 		if err := os.Rename(pin+"_new", pin); err != nil {
 			return fmt.Errorf("pin %s: %w", name, err)
+		}
+	}
+	return e.dropStaleLinks()
+}
+
+func attachOne(prog *ebpf.Program) (link.Link, error) {
+	if prog.Type() == ebpf.Tracing {
+		return link.AttachTracing(link.TracingOptions{Program: prog})
+	}
+	return link.AttachLSM(link.LSMOptions{Program: prog})
+}
+
+// dropStaleLinks unpins programs of an earlier version that this one lacks.
+func (e *Engine) dropStaleLinks() error {
+	if e.opts.PinDir == "" {
+		return nil
+	}
+	pins, err := filepath.Glob(filepath.Join(e.opts.PinDir, linkPrefix+"*"))
+	if err != nil {
+		return fmt.Errorf("list the pins: %w", err)
+	}
+	for _, pin := range pins {
+		if _, ok := e.links[strings.TrimPrefix(filepath.Base(pin), linkPrefix)]; ok {
+			continue
+		}
+		if err := os.Remove(pin); err != nil {
+			return fmt.Errorf("unpin a program that is not used any more: %w", err)
 		}
 	}
 	return nil
@@ -161,7 +211,7 @@ func (e *Engine) attach(spec *ebpf.CollectionSpec) error {
 // reopenLinks takes over the pinned links; false if any is missing.
 func (e *Engine) reopenLinks(spec *ebpf.CollectionSpec) bool {
 	for name := range spec.Programs {
-		l, err := link.LoadPinnedLink(filepath.Join(e.opts.PinDir, "link_"+name), nil)
+		l, err := link.LoadPinnedLink(filepath.Join(e.opts.PinDir, linkPrefix+name), nil)
 		if err != nil {
 			for _, l := range e.links {
 				l.Close()
@@ -217,6 +267,18 @@ func (e *Engine) steer(st engineSteering) error {
 	return nil
 }
 
+// change reads, changes and writes the control map under its lock.
+func (e *Engine) change(fn func(*engineSteering)) error {
+	e.steers.Lock()
+	defer e.steers.Unlock()
+	st, err := e.steering()
+	if err != nil {
+		return err
+	}
+	fn(&st)
+	return e.steer(st)
+}
+
 func (e *Engine) setScope(st *engineSteering) error {
 	if e.opts.ScopeCgroup == "" {
 		st.ScopeCgroup, st.ScopeLevel = 0, 0
@@ -234,69 +296,29 @@ func (e *Engine) setScope(st *engineSteering) error {
 	return nil
 }
 
-// Protect turns the guards on: from now on only the agent may touch its maps,
-// pins and guarded files, signal itself or trace itself. Files and directories
-// in guard must exist; a guarded directory keeps its entries as they are.
-func (e *Engine) Protect(guard ...string) error {
-	for _, path := range guard {
-		var st unix.Stat_t
-		if err := unix.Stat(path, &st); err != nil {
-			return fmt.Errorf("guard %s: %w", path, err)
-		}
-		key := engineGuarded{Inode: st.Ino, Device: kernelDev(st.Dev)}
-		if err := e.objs.GuardedInodes.Put(key, uint8(1)); err != nil {
-			return fmt.Errorf("guard %s: %w", path, err)
-		}
-	}
-	for name, m := range e.maps() {
-		if err := e.own(m); err != nil {
-			return fmt.Errorf("guard map %s: %w", name, err)
-		}
-	}
-	st, err := e.steering()
-	if err != nil {
-		return err
-	}
-	if e.opts.PinDir != "" {
-		var pins unix.Stat_t
-		if err := unix.Stat(e.opts.PinDir, &pins); err != nil {
-			return fmt.Errorf("guard the pins: %w", err)
-		}
-		st.PinDevice = kernelDev(pins.Dev)
-	}
-	st.Protect = 1
-	return e.steer(st)
-}
-
-func (e *Engine) own(m *ebpf.Map) error {
-	info, err := m.Info()
-	if err != nil {
-		return fmt.Errorf("map info: %w", err)
-	}
-	id, ok := info.ID()
-	if !ok {
-		return fmt.Errorf("map id: %w", errs.Unsupported)
-	}
-	return e.objs.OwnMaps.Put(uint32(id), uint8(1))
-}
-
 // Relax lets everything pass, with audit events, for d: a break-glass permit.
 // The kernel ends it by its own clock, also if the agent is gone; d ≤ 0 ends it
 // now. The guards stay up.
 func (e *Engine) Relax(d time.Duration) error {
-	st, err := e.steering()
+	now, err := sinceBoot()
 	if err != nil {
 		return err
 	}
-	st.Relaxed, st.RelaxedUntilNs = 0, 0
-	if d > 0 {
-		var ts unix.Timespec
-		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-			return fmt.Errorf("read the clock: %w", err)
+	return e.change(func(st *engineSteering) {
+		st.Relaxed, st.RelaxedUntilNs = 0, 0
+		if d > 0 {
+			st.Relaxed, st.RelaxedUntilNs = 1, uint64(now+d)
 		}
-		st.Relaxed, st.RelaxedUntilNs = 1, uint64(ts.Nano())+uint64(d)
+	})
+}
+
+// sinceBoot is CLOCK_BOOTTIME, the clock of the kernel programs.
+func sinceBoot() (time.Duration, error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0, fmt.Errorf("read the clock: %w", err)
 	}
-	return e.steer(st)
+	return time.Duration(ts.Nano()), nil
 }
 
 // TrustVolume says that the block device dev carries the dm-verity volume with
@@ -337,12 +359,7 @@ func (e *Engine) Remove() error {
 		if err != nil {
 			return fmt.Errorf("list the pins: %w", err)
 		}
-		st, err := e.steering()
-		if err != nil {
-			return err
-		}
-		st.Protect = 0
-		if err := e.steer(st); err != nil {
+		if err := e.change(func(st *engineSteering) { st.Protect = 0 }); err != nil {
 			return err
 		}
 		for _, n := range names {

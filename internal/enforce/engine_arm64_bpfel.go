@@ -85,7 +85,12 @@ type engineGeneration struct {
 	Ptrace      uint8
 	BlockWrites uint8
 	CodeWrites  uint8
-	Pad         [4]uint8
+	Index       uint32
+	AppliedUs   uint64
+	Entries     uint64
+	Bans        uint32
+	Pad         uint32
+	Policy      [32]uint8
 }
 
 type engineGuarded struct {
@@ -114,7 +119,8 @@ type engineInterpreter struct {
 	N_suffixes   uint8
 	N_inlineLong uint8
 	N_argLong    uint8
-	Pad          [2]uint8
+	Shell        uint8
+	Pad          uint8
 	InlineFlags  [2]uint64
 	ArgFlags     [2]uint64
 	StdinFlags   [2]uint64
@@ -153,6 +159,7 @@ type engineScratch struct {
 	Key    engineDataPath
 	Verity [68]uint8
 	Pad    [4]uint8
+	Zero   uint64
 }
 
 type engineSteering struct {
@@ -165,9 +172,13 @@ type engineSteering struct {
 	PinDevice      uint32
 	Relaxed        uint32
 	RelaxedUntilNs uint64
-	AgentCgroup    uint64
+	AgentCgroups   [4]uint64
+	AdoptedUntilNs uint64
+	CanaryNs       uint64
+	CanaryMode     uint32
+	Agent          uint32
+	MountNs        uint32
 	Layout         uint32
-	Pad            uint32
 	Object         [32]uint8
 }
 
@@ -181,56 +192,81 @@ type engineTask struct {
 }
 
 type engineWrites struct {
-	_      structs.HostLayout
-	Count  uint64
-	Mapped uint32
-	Pad    uint32
+	_     structs.HostLayout
+	Count uint64
+	InUse uint32
+	Pad   uint32
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	engineMapAdopted       = "adopted"
-	engineMapControl       = "control"
-	engineMapCounters      = "counters"
-	engineMapDataPaths     = "data_paths"
-	engineMapEvents        = "events"
-	engineMapGuardedInodes = "guarded_inodes"
-	engineMapIdentities    = "identities"
-	engineMapInodeWrites   = "inode_writes"
-	engineMapInterpreters  = "interpreters"
-	engineMapOwnMaps       = "own_maps"
-	engineMapScratches     = "scratches"
-	engineMapSettings      = "settings"
-	engineMapTables        = "tables"
-	engineMapTasks         = "tasks"
-	engineMapVerityDevices = "verity_devices"
-	engineProgRwBpf        = "rw_bpf"
-	engineProgRwBpfMap     = "rw_bpf_map"
-	engineProgRwCommitted  = "rw_committed"
-	engineProgRwCreate     = "rw_create"
-	engineProgRwExec       = "rw_exec"
-	engineProgRwExecCheck  = "rw_exec_check"
-	engineProgRwFork       = "rw_fork"
-	engineProgRwKernelLoad = "rw_kernel_load"
-	engineProgRwKernelRead = "rw_kernel_read"
-	engineProgRwKill       = "rw_kill"
-	engineProgRwLink       = "rw_link"
-	engineProgRwMmap       = "rw_mmap"
-	engineProgRwMount      = "rw_mount"
-	engineProgRwMoveMount  = "rw_move_mount"
-	engineProgRwMprotect   = "rw_mprotect"
-	engineProgRwOpen       = "rw_open"
-	engineProgRwPtrace     = "rw_ptrace"
-	engineProgRwRename     = "rw_rename"
-	engineProgRwRmdir      = "rw_rmdir"
-	engineProgRwTraceme    = "rw_traceme"
-	engineProgRwTruncate   = "rw_truncate"
-	engineProgRwUmount     = "rw_umount"
-	engineProgRwUnlink     = "rw_unlink"
-	engineVarUnusedEntry   = "unused_entry"
-	engineVarUnusedEvent   = "unused_event"
+	engineMapAdopted         = "adopted"
+	engineMapControl         = "control"
+	engineMapCounters        = "counters"
+	engineMapDataPaths       = "data_paths"
+	engineMapEvents          = "events"
+	engineMapGuardedInodes   = "guarded_inodes"
+	engineMapIdentities      = "identities"
+	engineMapInodeWrites     = "inode_writes"
+	engineMapInterpreters    = "interpreters"
+	engineMapOwnMaps         = "own_maps"
+	engineMapScratches       = "scratches"
+	engineMapSettings        = "settings"
+	engineMapTables          = "tables"
+	engineMapTasks           = "tasks"
+	engineMapVerityDevices   = "verity_devices"
+	engineProgRwBdevGone     = "rw_bdev_gone"
+	engineProgRwBdevRoot     = "rw_bdev_root"
+	engineProgRwBpf          = "rw_bpf"
+	engineProgRwBpfMap       = "rw_bpf_map"
+	engineProgRwCommitted    = "rw_committed"
+	engineProgRwCreate       = "rw_create"
+	engineProgRwExec         = "rw_exec"
+	engineProgRwExecCheck    = "rw_exec_check"
+	engineProgRwFileSetattr  = "rw_file_setattr"
+	engineProgRwFork         = "rw_fork"
+	engineProgRwIoctl        = "rw_ioctl"
+	engineProgRwIoctlCompat  = "rw_ioctl_compat"
+	engineProgRwKernelLoad   = "rw_kernel_load"
+	engineProgRwKernelRead   = "rw_kernel_read"
+	engineProgRwKill         = "rw_kill"
+	engineProgRwLink         = "rw_link"
+	engineProgRwMeasure      = "rw_measure"
+	engineProgRwMkdir        = "rw_mkdir"
+	engineProgRwMknod        = "rw_mknod"
+	engineProgRwMmap         = "rw_mmap"
+	engineProgRwMount        = "rw_mount"
+	engineProgRwMoveMount    = "rw_move_mount"
+	engineProgRwMovememory   = "rw_movememory"
+	engineProgRwMprotect     = "rw_mprotect"
+	engineProgRwOpen         = "rw_open"
+	engineProgRwPersonality  = "rw_personality"
+	engineProgRwPivotroot    = "rw_pivotroot"
+	engineProgRwPtrace       = "rw_ptrace"
+	engineProgRwRead         = "rw_read"
+	engineProgRwReadEarly    = "rw_read_early"
+	engineProgRwRemoveAcl    = "rw_remove_acl"
+	engineProgRwRemovexattr  = "rw_removexattr"
+	engineProgRwRename       = "rw_rename"
+	engineProgRwRmdir        = "rw_rmdir"
+	engineProgRwSetAcl       = "rw_set_acl"
+	engineProgRwSetattr      = "rw_setattr"
+	engineProgRwSetattrOld   = "rw_setattr_old"
+	engineProgRwSetioprio    = "rw_setioprio"
+	engineProgRwSetnice      = "rw_setnice"
+	engineProgRwSetrlimit    = "rw_setrlimit"
+	engineProgRwSetscheduler = "rw_setscheduler"
+	engineProgRwSetxattr     = "rw_setxattr"
+	engineProgRwSigio        = "rw_sigio"
+	engineProgRwSymlink      = "rw_symlink"
+	engineProgRwTraceme      = "rw_traceme"
+	engineProgRwTruncate     = "rw_truncate"
+	engineProgRwUmount       = "rw_umount"
+	engineProgRwUnlink       = "rw_unlink"
+	engineVarUnusedEntry     = "unused_entry"
+	engineVarUnusedEvent     = "unused_event"
 )
 
 // loadEngine returns the embedded CollectionSpec for engine.
@@ -275,29 +311,54 @@ type engineSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type engineProgramSpecs struct {
-	RwBpf        *ebpf.ProgramSpec `ebpf:"rw_bpf"`
-	RwBpfMap     *ebpf.ProgramSpec `ebpf:"rw_bpf_map"`
-	RwCommitted  *ebpf.ProgramSpec `ebpf:"rw_committed"`
-	RwCreate     *ebpf.ProgramSpec `ebpf:"rw_create"`
-	RwExec       *ebpf.ProgramSpec `ebpf:"rw_exec"`
-	RwExecCheck  *ebpf.ProgramSpec `ebpf:"rw_exec_check"`
-	RwFork       *ebpf.ProgramSpec `ebpf:"rw_fork"`
-	RwKernelLoad *ebpf.ProgramSpec `ebpf:"rw_kernel_load"`
-	RwKernelRead *ebpf.ProgramSpec `ebpf:"rw_kernel_read"`
-	RwKill       *ebpf.ProgramSpec `ebpf:"rw_kill"`
-	RwLink       *ebpf.ProgramSpec `ebpf:"rw_link"`
-	RwMmap       *ebpf.ProgramSpec `ebpf:"rw_mmap"`
-	RwMount      *ebpf.ProgramSpec `ebpf:"rw_mount"`
-	RwMoveMount  *ebpf.ProgramSpec `ebpf:"rw_move_mount"`
-	RwMprotect   *ebpf.ProgramSpec `ebpf:"rw_mprotect"`
-	RwOpen       *ebpf.ProgramSpec `ebpf:"rw_open"`
-	RwPtrace     *ebpf.ProgramSpec `ebpf:"rw_ptrace"`
-	RwRename     *ebpf.ProgramSpec `ebpf:"rw_rename"`
-	RwRmdir      *ebpf.ProgramSpec `ebpf:"rw_rmdir"`
-	RwTraceme    *ebpf.ProgramSpec `ebpf:"rw_traceme"`
-	RwTruncate   *ebpf.ProgramSpec `ebpf:"rw_truncate"`
-	RwUmount     *ebpf.ProgramSpec `ebpf:"rw_umount"`
-	RwUnlink     *ebpf.ProgramSpec `ebpf:"rw_unlink"`
+	RwBdevGone     *ebpf.ProgramSpec `ebpf:"rw_bdev_gone"`
+	RwBdevRoot     *ebpf.ProgramSpec `ebpf:"rw_bdev_root"`
+	RwBpf          *ebpf.ProgramSpec `ebpf:"rw_bpf"`
+	RwBpfMap       *ebpf.ProgramSpec `ebpf:"rw_bpf_map"`
+	RwCommitted    *ebpf.ProgramSpec `ebpf:"rw_committed"`
+	RwCreate       *ebpf.ProgramSpec `ebpf:"rw_create"`
+	RwExec         *ebpf.ProgramSpec `ebpf:"rw_exec"`
+	RwExecCheck    *ebpf.ProgramSpec `ebpf:"rw_exec_check"`
+	RwFileSetattr  *ebpf.ProgramSpec `ebpf:"rw_file_setattr"`
+	RwFork         *ebpf.ProgramSpec `ebpf:"rw_fork"`
+	RwIoctl        *ebpf.ProgramSpec `ebpf:"rw_ioctl"`
+	RwIoctlCompat  *ebpf.ProgramSpec `ebpf:"rw_ioctl_compat"`
+	RwKernelLoad   *ebpf.ProgramSpec `ebpf:"rw_kernel_load"`
+	RwKernelRead   *ebpf.ProgramSpec `ebpf:"rw_kernel_read"`
+	RwKill         *ebpf.ProgramSpec `ebpf:"rw_kill"`
+	RwLink         *ebpf.ProgramSpec `ebpf:"rw_link"`
+	RwMeasure      *ebpf.ProgramSpec `ebpf:"rw_measure"`
+	RwMkdir        *ebpf.ProgramSpec `ebpf:"rw_mkdir"`
+	RwMknod        *ebpf.ProgramSpec `ebpf:"rw_mknod"`
+	RwMmap         *ebpf.ProgramSpec `ebpf:"rw_mmap"`
+	RwMount        *ebpf.ProgramSpec `ebpf:"rw_mount"`
+	RwMoveMount    *ebpf.ProgramSpec `ebpf:"rw_move_mount"`
+	RwMovememory   *ebpf.ProgramSpec `ebpf:"rw_movememory"`
+	RwMprotect     *ebpf.ProgramSpec `ebpf:"rw_mprotect"`
+	RwOpen         *ebpf.ProgramSpec `ebpf:"rw_open"`
+	RwPersonality  *ebpf.ProgramSpec `ebpf:"rw_personality"`
+	RwPivotroot    *ebpf.ProgramSpec `ebpf:"rw_pivotroot"`
+	RwPtrace       *ebpf.ProgramSpec `ebpf:"rw_ptrace"`
+	RwRead         *ebpf.ProgramSpec `ebpf:"rw_read"`
+	RwReadEarly    *ebpf.ProgramSpec `ebpf:"rw_read_early"`
+	RwRemoveAcl    *ebpf.ProgramSpec `ebpf:"rw_remove_acl"`
+	RwRemovexattr  *ebpf.ProgramSpec `ebpf:"rw_removexattr"`
+	RwRename       *ebpf.ProgramSpec `ebpf:"rw_rename"`
+	RwRmdir        *ebpf.ProgramSpec `ebpf:"rw_rmdir"`
+	RwSetAcl       *ebpf.ProgramSpec `ebpf:"rw_set_acl"`
+	RwSetattr      *ebpf.ProgramSpec `ebpf:"rw_setattr"`
+	RwSetattrOld   *ebpf.ProgramSpec `ebpf:"rw_setattr_old"`
+	RwSetioprio    *ebpf.ProgramSpec `ebpf:"rw_setioprio"`
+	RwSetnice      *ebpf.ProgramSpec `ebpf:"rw_setnice"`
+	RwSetrlimit    *ebpf.ProgramSpec `ebpf:"rw_setrlimit"`
+	RwSetscheduler *ebpf.ProgramSpec `ebpf:"rw_setscheduler"`
+	RwSetxattr     *ebpf.ProgramSpec `ebpf:"rw_setxattr"`
+	RwSigio        *ebpf.ProgramSpec `ebpf:"rw_sigio"`
+	RwSymlink      *ebpf.ProgramSpec `ebpf:"rw_symlink"`
+	RwTraceme      *ebpf.ProgramSpec `ebpf:"rw_traceme"`
+	RwTruncate     *ebpf.ProgramSpec `ebpf:"rw_truncate"`
+	RwUmount       *ebpf.ProgramSpec `ebpf:"rw_umount"`
+	RwUnlink       *ebpf.ProgramSpec `ebpf:"rw_unlink"`
 }
 
 // engineMapSpecs contains maps before they are loaded into the kernel.
@@ -398,52 +459,102 @@ type engineVariables struct {
 //
 // It can be passed to loadEngineObjects or ebpf.CollectionSpec.LoadAndAssign.
 type enginePrograms struct {
-	RwBpf        *ebpf.Program `ebpf:"rw_bpf"`
-	RwBpfMap     *ebpf.Program `ebpf:"rw_bpf_map"`
-	RwCommitted  *ebpf.Program `ebpf:"rw_committed"`
-	RwCreate     *ebpf.Program `ebpf:"rw_create"`
-	RwExec       *ebpf.Program `ebpf:"rw_exec"`
-	RwExecCheck  *ebpf.Program `ebpf:"rw_exec_check"`
-	RwFork       *ebpf.Program `ebpf:"rw_fork"`
-	RwKernelLoad *ebpf.Program `ebpf:"rw_kernel_load"`
-	RwKernelRead *ebpf.Program `ebpf:"rw_kernel_read"`
-	RwKill       *ebpf.Program `ebpf:"rw_kill"`
-	RwLink       *ebpf.Program `ebpf:"rw_link"`
-	RwMmap       *ebpf.Program `ebpf:"rw_mmap"`
-	RwMount      *ebpf.Program `ebpf:"rw_mount"`
-	RwMoveMount  *ebpf.Program `ebpf:"rw_move_mount"`
-	RwMprotect   *ebpf.Program `ebpf:"rw_mprotect"`
-	RwOpen       *ebpf.Program `ebpf:"rw_open"`
-	RwPtrace     *ebpf.Program `ebpf:"rw_ptrace"`
-	RwRename     *ebpf.Program `ebpf:"rw_rename"`
-	RwRmdir      *ebpf.Program `ebpf:"rw_rmdir"`
-	RwTraceme    *ebpf.Program `ebpf:"rw_traceme"`
-	RwTruncate   *ebpf.Program `ebpf:"rw_truncate"`
-	RwUmount     *ebpf.Program `ebpf:"rw_umount"`
-	RwUnlink     *ebpf.Program `ebpf:"rw_unlink"`
+	RwBdevGone     *ebpf.Program `ebpf:"rw_bdev_gone"`
+	RwBdevRoot     *ebpf.Program `ebpf:"rw_bdev_root"`
+	RwBpf          *ebpf.Program `ebpf:"rw_bpf"`
+	RwBpfMap       *ebpf.Program `ebpf:"rw_bpf_map"`
+	RwCommitted    *ebpf.Program `ebpf:"rw_committed"`
+	RwCreate       *ebpf.Program `ebpf:"rw_create"`
+	RwExec         *ebpf.Program `ebpf:"rw_exec"`
+	RwExecCheck    *ebpf.Program `ebpf:"rw_exec_check"`
+	RwFileSetattr  *ebpf.Program `ebpf:"rw_file_setattr"`
+	RwFork         *ebpf.Program `ebpf:"rw_fork"`
+	RwIoctl        *ebpf.Program `ebpf:"rw_ioctl"`
+	RwIoctlCompat  *ebpf.Program `ebpf:"rw_ioctl_compat"`
+	RwKernelLoad   *ebpf.Program `ebpf:"rw_kernel_load"`
+	RwKernelRead   *ebpf.Program `ebpf:"rw_kernel_read"`
+	RwKill         *ebpf.Program `ebpf:"rw_kill"`
+	RwLink         *ebpf.Program `ebpf:"rw_link"`
+	RwMeasure      *ebpf.Program `ebpf:"rw_measure"`
+	RwMkdir        *ebpf.Program `ebpf:"rw_mkdir"`
+	RwMknod        *ebpf.Program `ebpf:"rw_mknod"`
+	RwMmap         *ebpf.Program `ebpf:"rw_mmap"`
+	RwMount        *ebpf.Program `ebpf:"rw_mount"`
+	RwMoveMount    *ebpf.Program `ebpf:"rw_move_mount"`
+	RwMovememory   *ebpf.Program `ebpf:"rw_movememory"`
+	RwMprotect     *ebpf.Program `ebpf:"rw_mprotect"`
+	RwOpen         *ebpf.Program `ebpf:"rw_open"`
+	RwPersonality  *ebpf.Program `ebpf:"rw_personality"`
+	RwPivotroot    *ebpf.Program `ebpf:"rw_pivotroot"`
+	RwPtrace       *ebpf.Program `ebpf:"rw_ptrace"`
+	RwRead         *ebpf.Program `ebpf:"rw_read"`
+	RwReadEarly    *ebpf.Program `ebpf:"rw_read_early"`
+	RwRemoveAcl    *ebpf.Program `ebpf:"rw_remove_acl"`
+	RwRemovexattr  *ebpf.Program `ebpf:"rw_removexattr"`
+	RwRename       *ebpf.Program `ebpf:"rw_rename"`
+	RwRmdir        *ebpf.Program `ebpf:"rw_rmdir"`
+	RwSetAcl       *ebpf.Program `ebpf:"rw_set_acl"`
+	RwSetattr      *ebpf.Program `ebpf:"rw_setattr"`
+	RwSetattrOld   *ebpf.Program `ebpf:"rw_setattr_old"`
+	RwSetioprio    *ebpf.Program `ebpf:"rw_setioprio"`
+	RwSetnice      *ebpf.Program `ebpf:"rw_setnice"`
+	RwSetrlimit    *ebpf.Program `ebpf:"rw_setrlimit"`
+	RwSetscheduler *ebpf.Program `ebpf:"rw_setscheduler"`
+	RwSetxattr     *ebpf.Program `ebpf:"rw_setxattr"`
+	RwSigio        *ebpf.Program `ebpf:"rw_sigio"`
+	RwSymlink      *ebpf.Program `ebpf:"rw_symlink"`
+	RwTraceme      *ebpf.Program `ebpf:"rw_traceme"`
+	RwTruncate     *ebpf.Program `ebpf:"rw_truncate"`
+	RwUmount       *ebpf.Program `ebpf:"rw_umount"`
+	RwUnlink       *ebpf.Program `ebpf:"rw_unlink"`
 }
 
 func (p *enginePrograms) Close() error {
 	return _EngineClose(
+		p.RwBdevGone,
+		p.RwBdevRoot,
 		p.RwBpf,
 		p.RwBpfMap,
 		p.RwCommitted,
 		p.RwCreate,
 		p.RwExec,
 		p.RwExecCheck,
+		p.RwFileSetattr,
 		p.RwFork,
+		p.RwIoctl,
+		p.RwIoctlCompat,
 		p.RwKernelLoad,
 		p.RwKernelRead,
 		p.RwKill,
 		p.RwLink,
+		p.RwMeasure,
+		p.RwMkdir,
+		p.RwMknod,
 		p.RwMmap,
 		p.RwMount,
 		p.RwMoveMount,
+		p.RwMovememory,
 		p.RwMprotect,
 		p.RwOpen,
+		p.RwPersonality,
+		p.RwPivotroot,
 		p.RwPtrace,
+		p.RwRead,
+		p.RwReadEarly,
+		p.RwRemoveAcl,
+		p.RwRemovexattr,
 		p.RwRename,
 		p.RwRmdir,
+		p.RwSetAcl,
+		p.RwSetattr,
+		p.RwSetattrOld,
+		p.RwSetioprio,
+		p.RwSetnice,
+		p.RwSetrlimit,
+		p.RwSetscheduler,
+		p.RwSetxattr,
+		p.RwSigio,
+		p.RwSymlink,
 		p.RwTraceme,
 		p.RwTruncate,
 		p.RwUmount,

@@ -9,6 +9,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
 
 	"ringwall/internal/errs"
@@ -123,9 +124,11 @@ type Counters struct {
 }
 
 // Counters reads them.
-func (e *Engine) Counters() (Counters, error) {
+func (e *Engine) Counters() (Counters, error) { return readCounters(e.objs.Counters) }
+
+func readCounters(m *ebpf.Map) (Counters, error) {
 	var c engineCounts
-	if err := e.objs.Counters.Lookup(uint32(0), &c); err != nil {
+	if err := m.Lookup(uint32(0), &c); err != nil {
 		return Counters{}, fmt.Errorf("read kernel counters: %w", err)
 	}
 	return Counters{

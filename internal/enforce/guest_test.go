@@ -1,16 +1,19 @@
 package enforce
 
 import (
+	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"ringwall/internal/integrity"
@@ -34,32 +37,11 @@ func needKernel(t *testing.T) {
 	}
 }
 
-// tinyELF is a static program of some 140 bytes that exits with code.
-func tinyELF(code byte) []byte {
-	prog := []byte{0x31, 0xff, 0x40, 0xb7, code, 0xb8, 60, 0, 0, 0, 0x0f, 0x05} // xor edi,edi; mov dil,code; mov eax,60; syscall
-	b := make([]byte, 0x78, 0x100)
-	copy(b, "\x7fELF\x02\x01\x01")
-	le := binary.LittleEndian
-	le.PutUint16(b[0x10:], 2)
-	le.PutUint16(b[0x12:], 62)
-	le.PutUint32(b[0x14:], 1)
-	le.PutUint64(b[0x18:], 0x400078)
-	le.PutUint64(b[0x20:], 0x40)
-	le.PutUint16(b[0x34:], 0x40)
-	le.PutUint16(b[0x36:], 0x38)
-	le.PutUint16(b[0x38:], 1)
-	le.PutUint32(b[0x40:], 1)
-	le.PutUint32(b[0x44:], 5)
-	le.PutUint64(b[0x50:], 0x400000)
-	le.PutUint64(b[0x58:], 0x400000)
-	size := uint64(0x78 + len(prog))
-	le.PutUint64(b[0x60:], size)
-	le.PutUint64(b[0x68:], size)
-	le.PutUint64(b[0x70:], 0x1000)
-	return append(b, prog...)
-}
+// tinyELF is a static program that exits with 0.
+func tinyELF() []byte { return canaryProgram(runtime.GOARCH, "tiny") }
 
-// lab is an engine confined to one cgroup, with the test program listed.
+// lab is an engine confined to one cgroup, with the test program listed. All
+// tests share one engine, because loading takes seconds in an emulated guest.
 type lab struct {
 	t      *testing.T
 	e      *Engine
@@ -69,30 +51,68 @@ type lab struct {
 	events chan Event
 }
 
+// testPins is where it is pinned.
+const testPins = "/run/ringwall-test/bpf"
+
+// sharedEngine opens the engine that most tests use; it stays until the test
+// program ends.
+var sharedEngine = sync.OnceValues(func() (*lab, error) {
+	l := &lab{cgroup: "/sys/fs/cgroup/rw-lab", events: make(chan Event, 1<<14)}
+	if err := os.Mkdir(l.cgroup, 0o755); err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	e, err := Open(Options{ScopeCgroup: l.cgroup, PinDir: testPins})
+	if err != nil {
+		return nil, err
+	}
+	fmt.Printf("engine of %d programs opened in %v\n", len(e.links), time.Since(start).Round(time.Millisecond))
+	for name, link := range e.links {
+		if info, err := link.Info(); err == nil && os.Getenv("ENFORCE_TEST_VERIFIER") != "" {
+			if p, err := ebpf.NewProgramFromID(info.Program); err == nil {
+				if pi, err := p.Info(); err == nil {
+					n, _ := pi.VerifiedInstructions()
+					fmt.Printf("%-22s %7d verified\n", name, n)
+				}
+				p.Close()
+			}
+		}
+	}
+	l.e = e
+	go func() {
+		_ = e.Events(context.Background(), func(ev Event) {
+			select {
+			case l.events <- ev:
+			default: // nobody looks at them
+			}
+		})
+	}()
+	return l, e.AdoptSelf()
+})
+
 func newLab(t *testing.T) *lab {
 	t.Helper()
 	needKernel(t)
-	l := &lab{t: t, dir: t.TempDir(), events: make(chan Event, 1024)}
-	l.cgroup = filepath.Join("/sys/fs/cgroup", fmt.Sprintf("rw-%d", time.Now().UnixNano()))
-	if err := os.Mkdir(l.cgroup, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.Remove(l.cgroup) })
-	e, err := Open(Options{ScopeCgroup: l.cgroup})
+	shared, err := sharedEngine()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = e.Close() })
-	l.e = e
-	l.table = integrity.Table{Epoch: 7, Entries: map[integrity.Key]integrity.Entry{}}
-	for k := range l.table.Modes {
-		l.table.Modes[k] = integrity.ModeEnforce
-	}
-	l.table.Process = integrity.ProcessRules{Memory: integrity.ModeEnforce, Ptrace: integrity.ModeEnforce, BlockWrites: integrity.ModeEnforce, CodeWrites: integrity.ModeEnforce}
+	l := &lab{t: t, e: shared.e, dir: t.TempDir(), cgroup: shared.cgroup, events: shared.events, table: strictTable()}
 	l.allow(l.read("/proc/self/exe"), 0, 0)
 	l.apply()
-	go func() { _ = e.Events(t.Context(), func(ev Event) { l.events <- ev }) }()
+	l.drain()
 	return l
+}
+
+// strictTable enforces everything and lists nothing but the canary.
+func strictTable() integrity.Table {
+	t := integrity.Table{Epoch: 7, Entries: map[integrity.Key]integrity.Entry{}}
+	for k := range t.Modes {
+		t.Modes[k] = integrity.ModeEnforce
+	}
+	t.Process = integrity.ProcessRules{Memory: integrity.ModeEnforce, Ptrace: integrity.ModeEnforce, BlockWrites: integrity.ModeEnforce, CodeWrites: integrity.ModeEnforce}
+	t.Entries[integrity.Key{Digest: CanaryDigest()}] = integrity.Entry{Kinds: integrity.SetOf(integrity.KindExec, integrity.KindLibrary)}
+	return t
 }
 
 func (l *lab) read(path string) []byte {
@@ -129,6 +149,22 @@ func (l *lab) file(name string, content []byte) string {
 	return p
 }
 
+// measure makes the kernel know the content of files, as the agent must where
+// an interpreter's open comes too early for that.
+func (l *lab) measure(paths ...string) {
+	l.t.Helper()
+	for _, p := range paths {
+		f, err := os.Open(p)
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		l.t.Cleanup(func() { f.Close() })
+		if err := l.e.Measure(f); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+}
+
 // run executes a command inside the scope.
 func (l *lab) run(argv ...string) error { return l.command(argv...).Run() }
 
@@ -146,10 +182,25 @@ func (l *lab) command(argv ...string) *exec.Cmd {
 }
 
 // role runs this test program inside the scope as a child with a role.
-func (l *lab) role(role string, args ...string) error {
+func (l *lab) role(role string, args ...string) error { return l.roleCommand(role, args...).Run() }
+
+func (l *lab) roleCommand(role string, args ...string) *exec.Cmd {
 	c := l.command(append([]string{"/proc/self/exe"}, args...)...)
 	c.Env = append(os.Environ(), "ENFORCE_TEST_ROLE="+role)
-	return c.Run()
+	return c
+}
+
+// logEvents shows what the kernel said lately.
+func (l *lab) logEvents() {
+	time.Sleep(200 * time.Millisecond)
+	for {
+		select {
+		case ev := <-l.events:
+			l.t.Logf("event: %v %v refused=%v errno=%d path=%q detail=%q", ev.Kind, ev.Reason, ev.Refused, ev.Errno, ev.Path, ev.Detail)
+		default:
+			return
+		}
+	}
 }
 
 // event waits for the next event with this reason.

@@ -27,6 +27,7 @@ const (
 	GuardFile                     // Ringwall's pins or state
 	GuardSysctl                   // a setting that would switch the programs off
 	Personality                   // READ_IMPLIES_EXEC asked for
+	GuardAgent                    // limits, priority, cgroup or /proc files of the agent
 )
 
 var reasonText = [...]struct{ name, text string }{
@@ -48,12 +49,13 @@ var reasonText = [...]struct{ name, text string }{
 	GuardBPF:    {"guard-bpf", "change to Ringwall's kernel objects"},
 	GuardFile:   {"guard-file", "change to Ringwall's pins or state"},
 	GuardSysctl: {"guard-sysctl", "setting that would switch enforcement off"},
-	Personality: {"personality", "READ_IMPLIES_EXEC personality"},
+	Personality: {"personality", "READ_IMPLIES_EXEC asked for, which makes memory executable unseen"},
+	GuardAgent:  {"guard-agent", "change to the limits, priority, cgroup or /proc files of the Ringwall agent"},
 }
 
 // String returns the short name used in events.
 func (r Reason) String() string {
-	if r >= Unlisted && r <= Personality {
+	if r >= Unlisted && r <= GuardAgent {
 		return reasonText[r].name
 	}
 	return fmt.Sprintf("reason(%d)", uint16(r))
@@ -61,7 +63,7 @@ func (r Reason) String() string {
 
 // Text explains the reason to a person.
 func (r Reason) Text() string {
-	if r >= Unlisted && r <= Personality {
+	if r >= Unlisted && r <= GuardAgent {
 		return reasonText[r].text
 	}
 	return "unknown reason"

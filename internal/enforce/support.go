@@ -103,26 +103,38 @@ func imaHelper() Problems {
 	return nil
 }
 
-// dropUnsupported leaves out what this kernel has no hook for. Each entry says
-// what is lost; Uncovered tells the operator.
-func dropUnsupported(spec *ebpf.CollectionSpec) {
-	for name, p := range spec.Programs {
-		if p.Type != ebpf.LSM {
-			continue
+// dropUnsupported leaves out what this kernel has no hook for, and of two forms
+// of one program the one for other kernels. Uncovered tells what is lost.
+func dropUnsupported(spec *ebpf.CollectionSpec) error {
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return fmt.Errorf("read the kernel's types: %w", err)
+	}
+	params := func(hook string) int {
+		var fn *btf.Func
+		if kernel.TypeByName(hook, &fn) != nil {
+			return -1
 		}
-		if !hasHook(p.AttachTo) {
+		return len(fn.Type.(*btf.FuncProto).Params)
+	}
+	for name, p := range spec.Programs {
+		hook := p.AttachTo
+		if p.Type == ebpf.LSM {
+			hook = "bpf_lsm_" + hook
+		}
+		if params(hook) < 0 {
 			delete(spec.Programs, name)
 		}
 	}
-}
-
-func hasHook(name string) bool {
-	kernel, err := btf.LoadKernelSpec()
-	if err != nil {
-		return false
+	if params("bpf_lsm_file_post_open") >= 0 {
+		delete(spec.Programs, "rw_read_early")
 	}
-	var fn *btf.Func
-	return kernel.TypeByName("bpf_lsm_"+name, &fn) == nil
+	if params("bpf_lsm_inode_setattr") == 2 {
+		delete(spec.Programs, "rw_setattr")
+	} else {
+		delete(spec.Programs, "rw_setattr_old")
+	}
+	return nil
 }
 
 // overlayShape says where overlayfs keeps the real file of an open one: 1 in

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -59,19 +61,21 @@ func (e *Engine) install(next uint32, t *integrity.Table, table *ebpf.Map) error
 	g := engineGeneration{
 		Epoch: t.Epoch, Memory: uint8(t.Process.Memory), Ptrace: uint8(t.Process.Ptrace),
 		BlockWrites: uint8(t.Process.BlockWrites), CodeWrites: uint8(t.Process.CodeWrites),
+		Index: next, AppliedUs: uint64(time.Now().UnixMicro()), Entries: uint64(len(t.Entries)), Policy: t.PolicyDigest,
 	}
 	for k, m := range t.Modes {
 		g.Modes[k] = uint8(m)
 	}
+	for _, v := range t.Entries {
+		if v.Kinds == 0 {
+			g.Bans = 1
+			break
+		}
+	}
 	if err := e.objs.Settings.Put(next, g); err != nil {
 		return fmt.Errorf("write the settings: %w", err)
 	}
-	st, err := e.steering()
-	if err != nil {
-		return err
-	}
-	st.Active = next
-	return e.steer(st)
+	return e.change(func(st *engineSteering) { st.Active = next })
 }
 
 func (e *Engine) disown(m *ebpf.Map) {
@@ -241,6 +245,10 @@ func (e *Engine) writeDataPaths(g uint32, rules []integrity.Interpreter, slotOf 
 
 func encodeInterpreter(name string, r integrity.Interpreter) (engineInterpreter, error) {
 	out := engineInterpreter{Reads: uint8(r.Reads), InlineMode: uint8(r.Inline), StdinForms: uint8(r.Stdin)}
+	// "-oc option code" is code in a shell and nowhere else
+	if strings.Contains(r.StdinFlags, "s") && strings.Contains(r.ArgFlags, "o") {
+		out.Shell = 1
+	}
 	for i := range name {
 		out.Name[i] = int8(name[i])
 	}

@@ -4,6 +4,9 @@
 #define RINGWALL_CODE_H
 
 #define BIT(k) (1 << (k))
+#define SECOND_NS 1000000000
+#define SIGKILL 9
+#define SHA256_NAME 0x363532616873 /* "sha256", little-endian */
 
 /* A file handed to execve. Called for a script first, then for its interpreter. */
 SEC("lsm.s/bprm_check_security")
@@ -37,18 +40,45 @@ long BPF_PROG(rw_exec_check, struct linux_binprm *bprm)
 }
 
 /*
- * Marks authorised code as mapped so that writers are refused from now on, and
+ * Marks authorised code as in use so that writers are refused from now on, and
  * then looks for writers that came before: whichever of the two is second sees
- * the other (the kernel counts a writer before it asks rw_open).
+ * the other (the kernel counts a writer before it asks rw_open). False: there
+ * is a writer.
  */
-static __always_inline bool mark_mapped(struct inode *in)
+static __always_inline bool mark_in_use(const struct steering *c, struct file *f)
 {
-	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
+	struct writes *w = bpf_inode_storage_get(&inode_writes, f->f_inode, 0, 0);
+	struct version v = {};
 	if (!w)
 		return true; /* identity from fs-verity or dm-verity: there can be no writer */
-	if (!w->mapped)
-		__sync_fetch_and_or(&w->mapped, 1);
-	return *(volatile int *)&in->i_writecount.counter <= 0;
+	*(volatile __u32 *)&w->in_use = bpf_ktime_get_boot_ns() / SECOND_NS + 1;
+	__sync_fetch_and_add(&w->count, 0); /* a full barrier */
+	return version_of_file(c, f, &v) && v.writers <= 0;
+}
+
+static long note_vm_flags(struct task_struct *t, struct vm_area_struct *vma, __u64 *flags)
+{
+	*flags = vma->vm_flags;
+	return 0;
+}
+
+/*
+ * execve maps the new program after it made the stack: the first moment at
+ * which a hook can see that the ELF header asked for an executable one, or that
+ * READ_IMPLIES_EXEC was inherited (32-bit programs). If the memory map is busy
+ * the stack goes unjudged; nobody else uses the map of a new program.
+ */
+static __always_inline bool asks_for_loose_memory(struct file *file)
+{
+	struct task_struct *t = bpf_get_current_task_btf();
+	struct mm_struct *mm = t->mm;
+	__u64 flags = 0;
+	if (!mm || (void *)mm->exe_file != (void *)file)
+		return false;
+	if (t->personality & READ_IMPLIES_EXEC)
+		return true;
+	bpf_find_vma(t, mm->arg_start, note_vm_flags, &flags, 0);
+	return flags & VM_EXEC;
 }
 
 SEC("lsm.s/mmap_file")
@@ -77,12 +107,12 @@ long BPF_PROG(rw_mmap, struct file *file, unsigned long reqprot, unsigned long p
 	if (rc)
 		return rc;
 	struct report r = { .kind = K_LIBRARY, .file = file, .digest = o.digest, .space = o.space };
-	if ((prot & PROT_WRITE) && s->memory != M_OFF) {
+	if (s->memory != M_OFF && ((prot & PROT_WRITE) || (asks_for_loose_memory(file) && !may(R_JIT | R_JIT_SHARED)))) {
 		r.mode = s->memory;
 		r.reason = WHY_MEMORY_WX;
 		return refuse(c, s, &r, true);
 	}
-	if ((o.entry.kinds & (BIT(K_LIBRARY) | BIT(K_EXEC))) && s->code_writes == M_ENFORCE && !mark_mapped(file->f_inode)) {
+	if ((o.entry.kinds & (BIT(K_LIBRARY) | BIT(K_EXEC))) && s->code_writes == M_ENFORCE && !mark_in_use(c, file)) {
 		r.mode = s->modes[K_LIBRARY];
 		r.reason = WHY_NO_IDENTITY;
 		r.error = -ETXTBSY;
@@ -149,7 +179,11 @@ long BPF_PROG(rw_kernel_read, struct file *file, unsigned long id, bool contents
 	return judge(c, s, file, kind, BIT(kind), &o, true, true, NULL);
 }
 
-/* Kernel code from memory: init_module(2), the old kexec_load(2). There is no file to judge. */
+/*
+ * Kernel code from memory: init_module(2), the old kexec_load(2). There is no
+ * file to judge; R_MODULES is for a modprobe that decompresses by itself and,
+ * as a strict interpreter, can only have read authorised files.
+ */
 SEC("lsm/kernel_load_data")
 long BPF_PROG(rw_kernel_load, unsigned long id, bool contents)
 {
@@ -167,10 +201,87 @@ long BPF_PROG(rw_kernel_load, unsigned long id, bool contents)
 	if (!c || !in_scope(c))
 		return 0;
 	struct generation *s = settings_of(c);
-	if (!s || !s->modes[kind & 7])
+	if (!s || !s->modes[kind & 7] || (kind == K_MODULE && may(R_MODULES)))
 		return 0;
 	struct report r = { .kind = kind, .mode = s->modes[kind & 7], .reason = WHY_FROM_MEMORY };
 	return refuse(c, s, &r, false);
+}
+
+/*
+ * READ_IMPLIES_EXEC makes the next brk(2) executable without asking any hook.
+ * A tracing program cannot refuse the call, but the signal is delivered before
+ * the caller's next instruction.
+ */
+static __always_inline long judge_personality(__u32 wanted)
+{
+	if (wanted == 0xffffffff || !(wanted & READ_IMPLIES_EXEC))
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s || s->memory == M_OFF || may(R_JIT | R_JIT_SHARED))
+		return 0;
+	if (refuse_act(c, s, s->memory, WHY_PERSONALITY, NULL))
+		bpf_send_signal(SIGKILL);
+	return 0;
+}
+
+#ifdef __TARGET_ARCH_x86
+SEC("fentry/__x64_sys_personality")
+long BPF_PROG(rw_personality, const struct pt_regs *regs)
+{
+	return judge_personality(BPF_CORE_READ((const struct pt_regs___call_x86 *)regs, di));
+}
+
+SEC("fentry/__ia32_sys_personality")
+long BPF_PROG(rw_personality_32, const struct pt_regs *regs)
+{
+	return judge_personality(BPF_CORE_READ((const struct pt_regs___call_x86 *)regs, bx));
+}
+#else
+SEC("fentry/__arm64_sys_personality")
+long BPF_PROG(rw_personality, const struct pt_regs *regs)
+{
+	__u64 wanted = 0;
+	bpf_core_read(&wanted, sizeof(wanted), &((const struct pt_regs___call *)regs)->regs[0]);
+	return judge_personality(wanted);
+}
+#endif
+
+/* ---- dm-verity (6.12): the kernel itself says which root a device has ---- */
+
+SEC("lsm/bdev_setintegrity")
+long BPF_PROG(rw_bdev_root, struct block_device *bdev, int type)
+{
+	if ((__u64)type != bpf_core_enum_value(enum lsm_integrity_type, LSM_INT_DMVERITY_ROOTHASH))
+		return 0;
+	__u32 device = bdev->bd_dev;
+	struct key k = { .space = S_DMVERITY };
+	char name[8] = {};
+	__u64 raw = 0;
+	/* the verifier refuses to load a const void * argument before 6.16 */
+	bpf_get_func_arg(ctx, 2, &raw);
+	struct dm_verity_digest *d = (void *)raw;
+	if (d)
+		bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(d, alg));
+	/* any other root, or none: the device has no identity */
+	if (*(__u64 *)name != SHA256_NAME || BPF_CORE_READ(d, digest_len) != 32 ||
+	    bpf_probe_read_kernel(k.digest, 32, BPF_CORE_READ(d, digest))) {
+		bpf_map_delete_elem(&verity_devices, &device);
+		return 0;
+	}
+	bpf_map_update_elem(&verity_devices, &device, &k, BPF_ANY);
+	return 0;
+}
+
+/* The number may be given to another device next. */
+SEC("lsm/bdev_free_security")
+long BPF_PROG(rw_bdev_gone, struct block_device *bdev)
+{
+	__u32 device = bdev->bd_dev;
+	bpf_map_delete_elem(&verity_devices, &device);
+	return 0;
 }
 
 #endif

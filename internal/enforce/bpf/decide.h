@@ -10,53 +10,55 @@ struct found {
 	__s32 error; /* 0, or why there is no digest */
 };
 
-static __always_inline struct entry *look_up(const struct steering *c, struct key *k)
+static __always_inline struct entry *look_up(const struct generation *s, struct key *k)
 {
-	__u32 g = c->active & 1;
+	__u32 g = s->index & 1;
 	void *table = bpf_map_lookup_elem(&tables, &g);
 	return table ? bpf_map_lookup_elem(table, k) : NULL;
+}
+
+static __always_inline void take(struct found *o, const struct entry *e, const struct key *k)
+{
+	o->entry = *e;
+	o->space = k->space;
+	__builtin_memcpy(o->digest, k->digest, 32);
 }
 
 /*
  * Identities in order of strength: the dm-verity volume it lies on, its
  * fs-verity digest, its content's SHA-256. Each is a look-up of its own: an
- * unknown volume does not spoil a known digest.
+ * unknown volume does not spoil a known digest. A policy that bans content
+ * bans it on a trusted volume too, so there the content is hashed as well.
  */
-static __always_inline void find(const struct steering *c, struct file *f, struct found *o, bool may_hash)
+static __always_inline void find(const struct steering *c, const struct generation *s, struct file *f, struct found *o,
+				 bool may_hash)
 {
-	struct key k = {};
-	struct entry *e;
+	struct key k = {}, content = { .space = S_SHA256 };
+	struct entry *strong = NULL, *e = NULL;
 	__u32 device = f->f_inode->i_sb->s_dev;
 	struct key *root = bpf_map_lookup_elem(&verity_devices, &device);
 	if (root) {
 		__builtin_memcpy(&k, root, sizeof(k));
-		e = look_up(c, &k);
-		if (e)
-			goto hit;
+		strong = look_up(s, &k);
 	}
-	if (may_hash && fsverity_digest(f, k.digest)) {
+	if (!strong && may_hash && fsverity_digest(f, k.digest)) {
 		k.space = S_FSVERITY;
-		e = look_up(c, &k);
-		if (e)
-			goto hit;
+		strong = look_up(s, &k);
 	}
-	k.space = S_SHA256;
-	__builtin_memset(k.digest, 0, 32);
-	o->error = identify(c, f, k.digest, may_hash);
-	if (o->error) {
-		__builtin_memset(o->digest, 0, 32);
+	if (strong && !s->bans) {
+		take(o, strong, &k);
 		return;
 	}
-	e = look_up(c, &k);
-	if (!e) {
-		__builtin_memcpy(o->digest, k.digest, 32);
+	o->error = identify(c, f, content.digest, may_hash, strong);
+	if (o->error)
 		return;
-	}
-hit:
-	o->entry = *e;
-	o->space = k.space;
-	o->error = 0;
-	__builtin_memcpy(o->digest, k.digest, 32);
+	e = look_up(s, &content);
+	if (strong && (!e || e->kinds))
+		take(o, strong, &k);
+	else if (e)
+		take(o, e, &content);
+	else
+		__builtin_memcpy(o->digest, content.digest, 32);
 }
 
 /* Judges a file for one kind. kinds: the set of kinds that will do. */
@@ -66,7 +68,7 @@ static __always_inline long judge(struct steering *c, struct generation *s, stru
 	__u8 mode = s->modes[kind & 7];
 	if (mode == M_OFF)
 		return 0;
-	find(c, f, o, may_hash);
+	find(c, s, f, o, may_hash);
 	if (o->entry.kinds & kinds)
 		return 0;
 	struct report r = {
@@ -83,9 +85,13 @@ static __always_inline struct task *task_info(struct task_struct *t)
 	struct task *i = bpf_task_storage_get(&tasks, t, 0, 0);
 	if (i)
 		return i;
+	struct steering *c = steering();
+	__u64 start = t->group_leader->start_boottime;
+	if (!c || start >= c->adopted_until_ns) /* spares nearly every open the second look-up */
+		return NULL;
 	__u32 tgid = t->tgid;
 	struct adoption *a = bpf_map_lookup_elem(&adopted, &tgid);
-	return a && a->start == t->group_leader->start_boottime / TICK_NS ? &a->task : NULL;
+	return a && a->start == start / TICK_NS ? &a->task : NULL;
 }
 
 static __always_inline bool may(__u16 role)

@@ -15,16 +15,24 @@ static __always_inline bool name_is(const struct dentry *d, const char *want, __
 	return true;
 }
 
-static __always_inline bool is_guarded(const struct inode *in)
+static __always_inline __u8 guard_of(const struct inode *in)
 {
 	struct guarded k = { .inode = in->i_ino, .device = in->i_sb->s_dev };
-	return bpf_map_lookup_elem(&guarded_inodes, &k);
+	__u8 *g = bpf_map_lookup_elem(&guarded_inodes, &k);
+	return g ? *g : 0;
+}
+
+/* A guarded file, an entry of a guarded directory, or anything on the private bpffs. */
+static __always_inline bool is_guarded(const struct steering *c, const struct dentry *d)
+{
+	const struct inode *in = d->d_inode;
+	return (in && (in->i_sb->s_dev == c->pin_device || guard_of(in) == GUARD_ALL)) || guard_of(d->d_parent->d_inode) == GUARD_ALL;
 }
 
 /* The guards hold for everyone but the agent, in scope or not. */
 static __always_inline bool guarding(const struct steering *c)
 {
-	return c->protect && !may(R_AGENT);
+	return c && c->protect && !may(R_AGENT);
 }
 
 /* Guards do not follow the policy's mode: a policy in audit must still be Ringwall's own. */
@@ -35,6 +43,44 @@ static __always_inline long refuse_guard(struct steering *c, __u16 reason, const
 	if (s)
 		refuse(c, s, &r, false);
 	return -EPERM; /* a break-glass permit does not open the guard either */
+}
+
+/* The process that a file below /proc/PID is about, in the first pid namespace; 0 if none. */
+static __always_inline __u32 process_of(struct inode *in)
+{
+	struct proc_inode *p = (void *)in - bpf_core_field_offset(struct proc_inode, vfs_inode);
+	struct hlist_node *n = BPF_CORE_READ(p, pid, tasks[0].first);
+	if (!n)
+		return 0;
+	struct task_struct *t = (void *)n - bpf_core_field_offset(struct task_struct, pid_links[0]);
+	return BPF_CORE_READ(t, tgid);
+}
+
+/*
+ * Files that are switches: the one that turns the programs off, the agent's
+ * cgroup and those above it (kill, freeze, limits), its /proc files. The service
+ * manager may put processes into the agent's cgroup, as it must to start it.
+ */
+static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
+{
+	struct inode *in = f->f_inode;
+	unsigned long magic = in->i_sb->s_magic;
+	struct dentry *d = f->f_path.dentry;
+	if (magic == PROC_MAGIC) {
+		if (name_is(d, "ftrace_enabled", 14))
+			return WHY_GUARD_SYSCTL;
+		return c->agent && process_of(in) == c->agent ? WHY_GUARD_AGENT : 0;
+	}
+	if (magic != CGROUP2_MAGIC)
+		return 0;
+	__u64 dir = d->d_parent->d_inode->i_ino;
+	bool its = false;
+#pragma unroll
+	for (int i = 0; i < CGROUPS; i++)
+		its |= dir == c->agent_cgroups[i];
+	if (!its || (bpf_get_current_pid_tgid() >> 32 == 1 && name_is(d, "cgroup.procs", 12)))
+		return 0;
+	return WHY_GUARD_AGENT;
 }
 
 /* Physical memory and I/O ports: mem, kmem, port. */
@@ -51,14 +97,37 @@ static __always_inline bool is_claimed_disk(struct file *f)
 	return host && BPF_CORE_READ(b, bdev.bd_holder);
 }
 
+/*
+ * Somebody still reads or runs it. The kernel counts readers; a reader that
+ * is just being admitted is not counted yet, so code stays in use for some
+ * seconds. On overlayfs the count is the layer's: in use for good.
+ */
+static __always_inline bool in_use(const struct inode *in, const struct writes *w)
+{
+	if (!w->in_use)
+		return false;
+	if (in->i_sb->s_magic == OVERLAY_MAGIC || !bpf_core_field_exists(in->i_readcount) || in->i_readcount.counter > 0)
+		return true;
+	return bpf_ktime_get_boot_ns() / SECOND_NS + 1 - w->in_use < 3;
+}
+
+/* A writer to authorised code that is in use. Only what is still authorised is worth keeping as it is. */
+static __always_inline long judge_code_write(struct steering *c, struct generation *s, struct inode *in, const struct writes *w,
+					    struct file *f, bool can_path)
+{
+	struct key k = {};
+	if (s->code_writes == M_OFF || !in_use(in, w) || !last_digest(in, k.digest) || !look_up(s, &k))
+		return 0;
+	struct report r = { .kind = K_LIBRARY, .mode = s->code_writes, .reason = WHY_CODE_WRITE, .digest = k.digest, .file = f };
+	return refuse(c, s, &r, can_path) ? -ETXTBSY : 0;
+}
+
 static __always_inline long judge_write(struct steering *c, struct generation *s, struct file *f)
 {
 	struct inode *in = f->f_inode;
 	struct report r = { .file = f };
 	__u16 type = in->i_mode & S_IFMT;
 	if (type == S_IFREG && in->i_sb->s_magic == PROC_MAGIC) {
-		if (c->protect && name_is(f->f_path.dentry, "ftrace_enabled", 14))
-			return refuse_guard(c, WHY_GUARD_SYSCTL, NULL);
 		if (s->ptrace == M_OFF || !name_is(f->f_path.dentry, "mem", 3) || may(R_DEBUG))
 			return 0;
 		r.mode = s->ptrace;
@@ -70,50 +139,28 @@ static __always_inline long judge_write(struct steering *c, struct generation *s
 		r.reason = WHY_BLOCK_WRITE;
 	} else {
 		struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
-		if (!w || !w->mapped || s->code_writes == M_OFF)
-			return 0;
-		struct found o = {};
-		struct version v = {};
-		version_of(in, &v);
-		/* only what is still authorised is worth keeping as it is */
-		struct key k = {};
-		if (!cached(in, &v, k.digest) || !look_up(c, &k))
-			return 0;
-		r.mode = s->code_writes;
-		r.reason = WHY_CODE_WRITE;
-		r.kind = K_LIBRARY;
-		__builtin_memcpy(o.digest, k.digest, 32);
-		r.digest = o.digest;
-		return refuse(c, s, &r, true) ? -ETXTBSY : 0;
+		return w ? judge_code_write(c, s, in, w, f, true) : 0;
 	}
 	return refuse(c, s, &r, true);
 }
 
-/* Every open. Most files are not code and most tasks no interpreters: two failed look-ups. */
+/* Each open. Most are not for writing: one test. */
 SEC("lsm.s/file_open")
 long BPF_PROG(rw_open, struct file *file)
 {
-	bool writes = file->f_mode & FMODE_WRITE;
-	struct task_struct *t = bpf_get_current_task_btf();
-	struct task *info = task_info(t);
-	bool reads = info && info->interpreter && (file->f_mode & FMODE_READ) && !(file->f_flags & FMODE_EXEC_FLAG) &&
-		     (file->f_inode->i_mode & S_IFMT) == S_IFREG;
-	if (!writes && !reads)
+	if (!(file->f_mode & FMODE_WRITE))
 		return 0;
 	struct steering *c = steering();
 	if (!c)
 		return 0;
-	if (writes && c->protect && is_guarded(file->f_inode) && !may(R_AGENT))
-		return refuse_guard(c, WHY_GUARD_FILE, NULL);
-	long rc = 0;
-	struct generation *s = settings_of(c);
-	if (s && in_scope(c)) {
-		if (writes)
-			rc = judge_write(c, s, file);
-		if (!rc && reads && s->modes[K_SCRIPT] != M_OFF)
-			rc = judge_read(c, s, t, info, file);
+	if (c->protect) {
+		__u16 why = is_guarded(c, file->f_path.dentry) ? WHY_GUARD_FILE : is_switch(c, file);
+		if (why && !may(R_AGENT))
+			return refuse_guard(c, why, NULL);
 	}
-	if (writes && !rc) {
+	struct generation *s = settings_of(c);
+	long rc = s && in_scope(c) ? judge_write(c, s, file) : 0;
+	if (!rc) {
 		struct writes *w = bpf_inode_storage_get(&inode_writes, file->f_inode, 0, 0);
 		if (w)
 			__sync_fetch_and_add(&w->count, 1);
@@ -126,24 +173,16 @@ long BPF_PROG(rw_truncate, struct path *path)
 {
 	struct inode *in = path->dentry->d_inode;
 	struct steering *c = steering();
-	if (c && c->protect && is_guarded(in) && !may(R_AGENT))
+	if (c && c->protect && is_guarded(c, path->dentry) && !may(R_AGENT))
 		return refuse_guard(c, WHY_GUARD_FILE, NULL);
 	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
 	if (!w)
 		return 0;
 	struct generation *s = c ? settings_of(c) : NULL;
-	if (s && w->mapped && s->code_writes != M_OFF && in_scope(c)) {
-		struct version v = {};
-		struct key k = {};
-		version_of(in, &v);
-		if (cached(in, &v, k.digest) && look_up(c, &k)) {
-			struct report r = { .kind = K_LIBRARY, .mode = s->code_writes, .reason = WHY_CODE_WRITE, .digest = k.digest };
-			if (refuse(c, s, &r, false))
-				return -ETXTBSY;
-		}
-	}
-	__sync_fetch_and_add(&w->count, 1);
-	return 0;
+	long rc = s && in_scope(c) ? judge_code_write(c, s, in, w, NULL, false) : 0;
+	if (!rc)
+		__sync_fetch_and_add(&w->count, 1);
+	return rc;
 }
 
 static __always_inline bool is_agent(struct task_struct *t)
@@ -160,7 +199,7 @@ long BPF_PROG(rw_ptrace, struct task_struct *child, unsigned int mode)
 	struct steering *c = steering();
 	if (!c)
 		return 0;
-	if (guarding(c) && is_agent(child))
+	if (is_agent(child) && guarding(c))
 		return refuse_guard(c, WHY_PTRACE, NULL);
 	struct generation *s = settings_of(c);
 	if (!s || s->ptrace == M_OFF || !in_scope(c) || may(R_DEBUG | R_AGENT))
@@ -194,6 +233,35 @@ long BPF_PROG(rw_kill, struct task_struct *target, struct kernel_siginfo *info, 
 	return refuse_guard(c, WHY_GUARD_SIGNAL, NULL);
 }
 
+/* A signal chosen with F_SETSIG for a descriptor that F_SETOWN gave to the agent. It expects none. */
+SEC("lsm/file_send_sigiotask")
+long BPF_PROG(rw_sigio, struct task_struct *target, struct fown_struct *owner, int sig)
+{
+	struct steering *c = steering();
+	return c && c->protect && is_agent(target) ? refuse_guard(c, WHY_GUARD_SIGNAL, NULL) : 0;
+}
+
+static __always_inline long guard_agent(struct task_struct *target)
+{
+	struct steering *c = steering();
+	return c && c->protect && is_agent(target) && !may(R_AGENT) ? refuse_guard(c, WHY_GUARD_AGENT, NULL) : 0;
+}
+
+SEC("lsm/task_setrlimit")
+long BPF_PROG(rw_setrlimit, struct task_struct *target, unsigned int resource, struct rlimit *limit) { return guard_agent(target); }
+
+SEC("lsm/task_setnice")
+long BPF_PROG(rw_setnice, struct task_struct *target, int nice) { return guard_agent(target); }
+
+SEC("lsm/task_setioprio")
+long BPF_PROG(rw_setioprio, struct task_struct *target, int priority) { return guard_agent(target); }
+
+SEC("lsm/task_setscheduler")
+long BPF_PROG(rw_setscheduler, struct task_struct *target) { return guard_agent(target); }
+
+SEC("lsm/task_movememory")
+long BPF_PROG(rw_movememory, struct task_struct *target) { return guard_agent(target); }
+
 #define BPF_CMD_PROG_LOAD 5
 #define BPF_CMD_LINK_UPDATE 29
 #define BPF_CMD_LINK_DETACH 34
@@ -221,64 +289,159 @@ long BPF_PROG(rw_bpf_map, struct bpf_map *map, unsigned int mode)
 {
 	struct steering *c = steering();
 	__u32 id = map->id;
-	if (!c || !(mode & FMODE_WRITE) || !guarding(c) || !bpf_map_lookup_elem(&own_maps, &id))
+	if (!(mode & FMODE_WRITE) || !bpf_map_lookup_elem(&own_maps, &id) || !guarding(c))
 		return 0;
 	return refuse_guard(c, WHY_GUARD_BPF, NULL);
 }
 
-static __always_inline long guard_place(const struct inode *dir)
+/* Making or removing an entry of a directory. */
+static __always_inline long guard_entry(const struct inode *dir, const struct dentry *entry)
 {
 	struct steering *c = steering();
 	if (!c || !c->protect)
 		return 0;
-	if (dir->i_sb->s_dev != c->pin_device && !is_guarded(dir))
+	const struct inode *in = entry ? entry->d_inode : NULL;
+	if (dir->i_sb->s_dev != c->pin_device && guard_of(dir) != GUARD_ALL && !(in && guard_of(in)))
+		return 0;
+	return may(R_AGENT) ? 0 : refuse_guard(c, WHY_GUARD_FILE, NULL);
+}
+
+/* Changing what a file is. */
+static __always_inline long guard_file(const struct dentry *d)
+{
+	struct steering *c = steering();
+	if (!c || !c->protect || !is_guarded(c, d) || may(R_AGENT))
+		return 0;
+	return refuse_guard(c, WHY_GUARD_FILE, NULL);
+}
+
+/* Hiding a place by mounting, in the namespace in which the agent looks for it. */
+static __always_inline long guard_place(const struct dentry *d)
+{
+	struct steering *c = steering();
+	if (!c || !c->protect)
+		return 0;
+	__u8 guard = guard_of(d->d_inode);
+	if (guard == GUARD_PLACE && BPF_CORE_READ(bpf_get_current_task_btf(), nsproxy, mnt_ns, ns.inum) != c->mount_ns)
+		return 0;
+	if (!guard && d->d_inode->i_sb->s_dev != c->pin_device)
 		return 0;
 	return may(R_AGENT) ? 0 : refuse_guard(c, WHY_GUARD_FILE, NULL);
 }
 
 SEC("lsm/inode_unlink")
-long BPF_PROG(rw_unlink, struct inode *dir, struct dentry *dentry) { return guard_place(dir); }
+long BPF_PROG(rw_unlink, struct inode *dir, struct dentry *dentry) { return guard_entry(dir, dentry); }
 
 SEC("lsm/inode_rmdir")
-long BPF_PROG(rw_rmdir, struct inode *dir, struct dentry *dentry)
-{
-	long rc = guard_place(dir);
-	return rc ? rc : guard_place(dentry->d_inode);
-}
+long BPF_PROG(rw_rmdir, struct inode *dir, struct dentry *dentry) { return guard_entry(dir, dentry); }
 
 SEC("lsm/inode_create")
-long BPF_PROG(rw_create, struct inode *dir, struct dentry *dentry, unsigned int mode) { return guard_place(dir); }
+long BPF_PROG(rw_create, struct inode *dir, struct dentry *dentry, unsigned int mode) { return guard_entry(dir, NULL); }
+
+SEC("lsm/inode_mkdir")
+long BPF_PROG(rw_mkdir, struct inode *dir, struct dentry *dentry, unsigned int mode) { return guard_entry(dir, NULL); }
+
+SEC("lsm/inode_symlink")
+long BPF_PROG(rw_symlink, struct inode *dir, struct dentry *dentry, const char *old) { return guard_entry(dir, NULL); }
+
+SEC("lsm/inode_mknod")
+long BPF_PROG(rw_mknod, struct inode *dir, struct dentry *dentry, unsigned int mode, unsigned int device) { return guard_entry(dir, NULL); }
 
 SEC("lsm/inode_link")
-long BPF_PROG(rw_link, struct dentry *old, struct inode *dir, struct dentry *fresh) { return guard_place(dir); }
+long BPF_PROG(rw_link, struct dentry *old, struct inode *dir, struct dentry *fresh)
+{
+	long rc = guard_entry(dir, NULL);
+	return rc ? rc : guard_file(old);
+}
 
 SEC("lsm/inode_rename")
 long BPF_PROG(rw_rename, struct inode *old_dir, struct dentry *old, struct inode *new_dir, struct dentry *fresh)
 {
-	long rc = guard_place(old_dir);
-	if (!rc)
-		rc = guard_place(new_dir);
-	return rc ? rc : guard_place(old->d_inode);
+	long rc = guard_entry(old_dir, old);
+	return rc ? rc : guard_entry(new_dir, fresh);
 }
+
+/* Mode, owner, size, times. Two shapes: the first argument came in 6.9. */
+SEC("lsm/inode_setattr")
+long BPF_PROG(rw_setattr_old, struct dentry *dentry, struct iattr *attr) { return guard_file(dentry); }
+
+SEC("lsm/inode_setattr")
+long BPF_PROG(rw_setattr, struct mnt_idmap *map, struct dentry *dentry, struct iattr *attr) { return guard_file(dentry); }
+
+SEC("lsm/inode_setxattr")
+long BPF_PROG(rw_setxattr, struct mnt_idmap *map, struct dentry *dentry) { return guard_file(dentry); }
+
+SEC("lsm/inode_removexattr")
+long BPF_PROG(rw_removexattr, struct mnt_idmap *map, struct dentry *dentry) { return guard_file(dentry); }
+
+SEC("lsm/inode_set_acl")
+long BPF_PROG(rw_set_acl, struct mnt_idmap *map, struct dentry *dentry) { return guard_file(dentry); }
+
+SEC("lsm/inode_remove_acl")
+long BPF_PROG(rw_remove_acl, struct mnt_idmap *map, struct dentry *dentry) { return guard_file(dentry); }
+
+/* chattr: 6.17 and newer have a hook for it */
+SEC("lsm/inode_file_setattr")
+long BPF_PROG(rw_file_setattr, struct dentry *dentry) { return guard_file(dentry); }
+
+#define FS_IOC_SETFLAGS 0x40086602
+#define FS_IOC32_SETFLAGS 0x40046602
+#define FS_IOC_FSSETXATTR 0x401c5820
+#define FS_IOC_ENABLE_VERITY 0x40806685
+
+static __always_inline long guard_ioctl(struct file *f, unsigned int cmd)
+{
+	if (cmd != FS_IOC_SETFLAGS && cmd != FS_IOC32_SETFLAGS && cmd != FS_IOC_FSSETXATTR && cmd != FS_IOC_ENABLE_VERITY)
+		return 0;
+	return guard_file(f->f_path.dentry);
+}
+
+SEC("lsm/file_ioctl")
+long BPF_PROG(rw_ioctl, struct file *file, unsigned int cmd) { return guard_ioctl(file, cmd); }
+
+SEC("lsm/file_ioctl_compat")
+long BPF_PROG(rw_ioctl_compat, struct file *file, unsigned int cmd) { return guard_ioctl(file, cmd); }
+
+#define MS_REMOUNT 32
+#define MS_BIND 4096
+#define MS_UNBINDABLE (1 << 17)
+#define MS_PRIVATE (1 << 18)
+#define MS_SLAVE (1 << 19)
+#define MS_SHARED (1 << 20)
 
 SEC("lsm/sb_mount")
 long BPF_PROG(rw_mount, const char *device, struct path *path, const char *type, unsigned long flags, void *data)
 {
-	return guard_place(path->dentry->d_inode);
+	/* remounting and propagation change a mount, they hide nothing; the kernel looks at the flags in this order */
+	bool hides = !(flags & MS_REMOUNT) && (flags & MS_BIND || !(flags & (MS_UNBINDABLE | MS_PRIVATE | MS_SLAVE | MS_SHARED)));
+	if (!hides && guard_of(path->dentry->d_inode) == GUARD_PLACE)
+		return 0;
+	return guard_place(path->dentry);
 }
 
 SEC("lsm/move_mount")
 long BPF_PROG(rw_move_mount, struct path *from, struct path *to)
 {
-	long rc = guard_place(from->dentry->d_inode);
-	return rc ? rc : guard_place(to->dentry->d_inode);
+	long rc = guard_place(from->dentry);
+	return rc ? rc : guard_place(to->dentry);
 }
 
 SEC("lsm/sb_umount")
 long BPF_PROG(rw_umount, struct vfsmount *mount, int flags)
 {
+	if (bpf_get_current_pid_tgid() >> 32 == 1) /* shutdown */
+		return 0;
+	return guard_place(mount->mnt_root);
+}
+
+/* pivot_root(2) would give the agent another root directory. */
+SEC("lsm/sb_pivotroot")
+long BPF_PROG(rw_pivotroot, struct path *old, struct path *fresh)
+{
 	struct steering *c = steering();
-	if (!c || !c->protect || mount->mnt_sb->s_dev != c->pin_device || may(R_AGENT))
+	if (!c || !c->protect || bpf_get_current_pid_tgid() >> 32 == 1 || may(R_AGENT))
+		return 0;
+	if (BPF_CORE_READ(bpf_get_current_task_btf(), nsproxy, mnt_ns, ns.inum) != c->mount_ns)
 		return 0;
 	return refuse_guard(c, WHY_GUARD_FILE, NULL);
 }

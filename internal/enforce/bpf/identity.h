@@ -59,9 +59,36 @@ static __always_inline void version_of_probed(struct inode *in, struct version *
 }
 
 /*
+ * File systems whose content can only change through this kernel, so that a
+ * digest stays true. Network file systems and FUSE are not among them: their
+ * server may answer the next read differently.
+ */
+static __always_inline bool is_stable(unsigned long magic)
+{
+	switch (magic) {
+	case EXT4_MAGIC: case XFS_MAGIC: case BTRFS_MAGIC: case F2FS_MAGIC:
+	case TMPFS_MAGIC: case RAMFS_MAGIC: case OVERLAY_MAGIC:
+	case SQUASHFS_MAGIC: case EROFS_MAGIC: case ISOFS_MAGIC:
+		return true;
+	}
+	return false;
+}
+
+/*
+ * A file system on a loop or network block device can be changed from below:
+ * write the backing file, drop the page cache, and the same inode with the same
+ * times reads differently. Only dm-verity and fs-verity identify what lies there.
+ */
+static __always_inline bool is_exposed(__u32 device)
+{
+	return MAJOR(device) == LOOP_MAJOR || MAJOR(device) == NBD_MAJOR;
+}
+
+/*
  * A file on overlayfs has an inode of its own that does not change when a
  * layer's file is written: look at the real one. Returns false if overlayfs
- * keeps it where we cannot find it; then the file has no identity.
+ * keeps it where we cannot find it, or if it lies where content is not stable
+ * (another overlay included); then the file has no identity.
  */
 static __always_inline bool version_of_file(const struct steering *c, struct file *f, struct version *v)
 {
@@ -76,24 +103,11 @@ static __always_inline bool version_of_file(const struct steering *c, struct fil
 	struct inode *in = real ? BPF_CORE_READ((struct file *)real, f_inode) : NULL;
 	if (!in)
 		return false;
+	unsigned long magic = BPF_CORE_READ(in, i_sb, s_magic);
+	if (!is_stable(magic) || magic == OVERLAY_MAGIC || is_exposed(BPF_CORE_READ(in, i_sb, s_dev)))
+		return false;
 	version_of_probed(in, v);
 	return true;
-}
-
-/*
- * File systems whose content can only change through this kernel, so that a
- * digest stays true. Network file systems and FUSE are not among them: their
- * server may answer the next read differently.
- */
-static __always_inline bool is_stable(const struct super_block *sb)
-{
-	switch (sb->s_magic) {
-	case EXT4_MAGIC: case XFS_MAGIC: case BTRFS_MAGIC: case F2FS_MAGIC:
-	case TMPFS_MAGIC: case RAMFS_MAGIC: case OVERLAY_MAGIC:
-	case SQUASHFS_MAGIC: case EROFS_MAGIC: case ISOFS_MAGIC:
-		return true;
-	}
-	return false;
 }
 
 /*
@@ -109,6 +123,18 @@ static __always_inline bool is_loose_memory(struct file *f)
 		return true;
 	struct shmem_inode_info *info = (void *)in - bpf_core_field_offset(struct shmem_inode_info, vfs_inode);
 	return !(BPF_CORE_READ(info, seals) & F_SEAL_WRITE);
+}
+
+/* The digest that was last computed, true or not any more. */
+static __always_inline bool last_digest(struct inode *in, __u8 *digest)
+{
+	struct identity *id = bpf_inode_storage_get(&identities, in, 0, 0);
+	if (!id)
+		return false;
+	__u32 seq = *(volatile __u32 *)&id->seq;
+	__builtin_memcpy(digest, id->digest, 32);
+	asm volatile("" ::: "memory");
+	return seq && !(seq & 1) && *(volatile __u32 *)&id->seq == seq;
 }
 
 static __always_inline bool cached(struct inode *in, const struct version *v, __u8 *digest)
@@ -147,14 +173,15 @@ static __always_inline void remember(struct inode *in, const struct version *v, 
 /*
  * Puts the file's SHA-256 into digest (32 zero bytes before). Returns 0, or a
  * negative number if the content cannot be pinned down: no digest means no
- * trust, so this fails closed. may_hash: the hook can sleep.
+ * trust, so this fails closed. may_hash: the hook can sleep and the file be
+ * read. verity: the kernel checks what it reads, whatever lies below.
  */
-static __always_inline int identify(const struct steering *c, struct file *f, __u8 *digest, bool may_hash)
+static __always_inline int identify(const struct steering *c, struct file *f, __u8 *digest, bool may_hash, bool verity)
 {
 	struct counts *n = counted();
 	struct inode *in = f->f_inode;
 	struct version before = {}, after = {};
-	if (!n || !is_stable(in->i_sb) || is_loose_memory(f) || !version_of_file(c, f, &before))
+	if (!n || !is_stable(in->i_sb->s_magic) || (is_exposed(in->i_sb->s_dev) && !verity) || is_loose_memory(f) || !version_of_file(c, f, &before))
 		return -1;
 	if (before.writers > 0)
 		return -ETXTBSY;

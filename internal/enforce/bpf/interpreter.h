@@ -7,18 +7,20 @@
 #define RINGWALL_INTERPRETER_H
 
 #define MAX_ARGUMENTS 24
-#define SIGKILL 9
+#define MAX_LETTERS 12 /* of a cluster of short options */
+
+#define AGENT_WORD 0x746e656761 /* "agent", little-endian */
 
 enum code_source { FROM_STDIN, FROM_SCRIPT, FROM_INLINE, UNREADABLE };
 
 struct scan {
 	__u64 next;      /* user address of the next argument */
-	__u64 hash;      /* of the script's name */
-	__u32 len;       /* of the script's name with its NUL */
+	__u64 hash;      /* of the last component of the script's name */
+	__u32 len;       /* of the same */
 	__u32 left;      /* arguments to go */
 	__u32 slot;      /* of the interpreter rule */
 	__u32 source;    /* enum code_source */
-	bool skip, done, stdin_forced;
+	bool skip, done, stdin_forced, more;
 };
 
 static __always_inline bool in_set(const __u64 *set, char ch)
@@ -27,38 +29,130 @@ static __always_inline bool in_set(const __u64 *set, char ch)
 	return u < 128 && (set[u >> 6 & 1] >> (u & 63) & 1);
 }
 
-static __always_inline bool long_match(const struct option16 *o, const char *arg)
+/* Bytes of a long option before its '=' or end, at most 16. */
+static __always_inline __u64 option_length(const char *arg)
 {
-	const __u64 *w = (const void *)arg;
-	if (!o->len || o->len > 15 || (w[0] & o->mask[0]) != o->word[0] || (w[1] & o->mask[1]) != o->word[1])
-		return false;
-	__u64 at = o->len;
-	barrier_var(at); /* or the compiler drops the mask that the verifier needs */
-	char end = arg[at & 15];
-	return end == 0 || end == '=';
+	__u64 n = 0;
+#pragma unroll
+	for (int i = 0; i < 16; i++) {
+		if (!arg[i] || arg[i] == '=')
+			break;
+		n++;
+	}
+	return n;
 }
 
-/* FNV-1a over words: names are compared, not defended; a false match only checks one file more. */
-static __always_inline __u64 hash_name(const char *name)
+/* arg is the option, or, as getopt_long(3) has it, the beginning of it. */
+static __always_inline bool begins(const struct option16 *o, const char *arg, __u64 n)
 {
-	const __u64 *w = (const void *)name;
-	__u64 h = 0xcbf29ce484222325;
-	for (int i = 0; i < PATH_LEN / 8; i++) {
-		h ^= w[i];
-		h *= 0x100000001b3;
+	const __u64 *w = (const void *)arg;
+	if (n < 3 || n > o->len || n > 15)
+		return false;
+	__u64 low = n >= 8 ? ~0ULL : (1ULL << n * 8) - 1, high = n > 8 ? (1ULL << (n - 8) * 8) - 1 : 0;
+	return !((w[0] ^ o->word[0]) & low) && !((w[1] ^ o->word[1]) & high);
+}
+
+/* FNV-1a. Names are compared, not defended: a false match only checks one file more. */
+#define FNV_START 0xcbf29ce484222325
+#define FNV_PRIME 0x100000001b3
+
+/*
+ * Hash and length of what follows the last slash. Without a branch on the
+ * slash, and with a zero that it does not know, the verifier has one path to
+ * follow instead of one for each set of slashes.
+ */
+static __always_inline void name_tail(const char *name, __u64 zero, __u64 *hash, __u32 *len)
+{
+	__u64 h = FNV_START ^ zero, n = zero;
+	for (int i = 0; i < PATH_LEN; i++) {
+		__u8 ch = name[i];
+		if (!ch)
+			break;
+		__u64 goes_on = ch ^ '/';
+		goes_on = (__s64)-goes_on >> 63; /* all ones, or 0 at a slash */
+		barrier_var(goes_on);
+		h = ((h ^ ch) * FNV_PRIME & goes_on) | (FNV_START & ~goes_on);
+		n = (n + 1) & goes_on;
+	}
+	*hash = h;
+	*len = n;
+}
+
+static __always_inline __u64 hash_bytes(const char *name, __u32 at, __u32 len)
+{
+	__u64 h = FNV_START;
+	for (__u32 i = 0; i < PATH_LEN - 1; i++) {
+		if (i >= len)
+			break;
+		__u64 from = at + i;
+		barrier_var(from); /* or the compiler drops the mask that the verifier needs */
+		h = (h ^ (__u8)name[from & (PATH_LEN - 1)]) * FNV_PRIME;
 	}
 	return h;
 }
 
 /* The rule in force. A slot keeps its interpreter across policies, so that running processes keep theirs. */
-static __always_inline __u32 slot_of(const struct steering *c, const struct task *info)
+static __always_inline __u32 slot_of(const struct generation *s, const struct task *info)
 {
-	return (c->active & 1) * INTERPRETERS + (info->interpreter & (INTERPRETERS - 1));
+	return (s->index & 1) * INTERPRETERS + (info->interpreter & (INTERPRETERS - 1));
 }
 
 static __always_inline struct interpreter *rule_of(__u32 slot)
 {
 	return bpf_map_lookup_elem(&interpreters, &slot);
+}
+
+static __always_inline long names_script(struct scan *s, const char *arg, __u64 zero, __u32 source)
+{
+	name_tail(arg, zero, &s->hash, &s->len);
+	s->source = source;
+	return 1;
+}
+
+/* A cluster of short options, like -xc. Returns 1 to stop. */
+static __always_inline long scan_letters(struct scan *s, const struct interpreter *rule, const char *a)
+{
+#pragma unroll
+	for (int j = 1; j <= MAX_LETTERS; j++) {
+		char ch = a[j];
+		if (!ch)
+			return 0;
+		if (in_set(rule->inline_flags, ch)) {
+			s->source = FROM_INLINE;
+			return 1;
+		}
+		if (in_set(rule->stdin_flags, ch))
+			s->stdin_forced = true;
+		if (in_set(rule->arg_flags, ch)) {
+			/* getopt: the rest is the argument. A shell: the next argument is, and the letters go on. */
+			s->skip = rule->shell || !a[j + 1];
+			if (!rule->shell)
+				return 0;
+		}
+	}
+	if (!(rule->inline_flags[0] | rule->inline_flags[1]))
+		return 0;
+	s->source = FROM_INLINE; /* what the rest says is not known: fail closed */
+	return 1;
+}
+
+static __always_inline long scan_long(struct scan *s, const struct interpreter *rule, const char *a)
+{
+	__u64 n = option_length(a);
+#pragma unroll
+	for (int j = 0; j < LONG_OPTIONS; j++) {
+		if (begins(&rule->inline_long[j], a, n)) {
+			s->source = FROM_INLINE;
+			return 1;
+		}
+		/* in full only: to take a script for an option's argument would leave it unchecked */
+		if (n == rule->arg_long[j].len && begins(&rule->arg_long[j], a, n)) {
+			__u64 at = n;
+			barrier_var(at);
+			s->skip = a[at & 15] == 0;
+		}
+	}
+	return 0;
 }
 
 /* One argument; bpf_loop's callback. Returns 1 to stop. */
@@ -79,70 +173,57 @@ static long scan_argument(__u64 i, struct scan *s)
 		return 1;
 	}
 	s->next += n;
-	if (n == sizeof(x->name)) {
-		/* cut: its end is not known here. Only a script's name may be this long, and it ends the scan. */
+	bool cut = n == sizeof(x->name), skip = s->skip || s->more;
+	if (cut) {
+		/* its end is not known here: only what does not matter may be this long */
 		s->next -= 1;
-		if (i && !s->skip && x->name[0] != '-') {
-			s->hash = hash_name(x->name);
-			s->len = n;
-			s->source = FROM_SCRIPT;
+		if (i && !skip) {
+			s->source = UNREADABLE;
 			return 1;
 		}
-		s->source = UNREADABLE;
-		return 1;
+		s->more = true;
+		return 0;
 	}
 	s->left--;
+	s->more = false;
 	if (!i) /* argv[0] */
 		return 0;
-	if (s->skip) {
+	if (skip) {
 		s->skip = false;
 		return 0;
 	}
 	const char *a = x->name;
-	if (!s->done && (a[0] == '-' || a[0] == '+') && a[1] && !(a[0] == '-' && a[1] == '-')) {
-#pragma unroll
-		for (int j = 1; j < 12; j++) {
-			char ch = a[j];
-			if (!ch)
-				break;
-			if (in_set(rule->inline_flags, ch)) {
-				s->source = FROM_INLINE;
-				return 1;
-			}
-			if (in_set(rule->stdin_flags, ch))
-				s->stdin_forced = true;
-			if (in_set(rule->arg_flags, ch)) {
-				s->skip = !a[j + 1];
-				break;
-			}
-		}
+	if (s->done || (a[0] != '-' && (a[0] != '+' || !rule->shell || !a[1])))
+		return s->stdin_forced || names_script(s, a, x->zero, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT);
+	if (a[0] == '-' && !a[1]) {
+		if (!rule->shell || s->stdin_forced)
+			return names_script(s, a, x->zero, FROM_STDIN);
+		s->done = true; /* a shell takes it for "--" */
 		return 0;
 	}
-	if (!s->done && a[0] == '-' && a[1] == '-') {
+	if (a[0] == '-' && a[1] == '-') {
 		if (!a[2]) {
 			s->done = true;
 			return 0;
 		}
-#pragma unroll
-		for (int j = 0; j < LONG_OPTIONS; j++) {
-			if (long_match(&rule->inline_long[j], a)) {
-				s->source = FROM_INLINE;
-				return 1;
-			}
-			if (long_match(&rule->arg_long[j], a)) {
-				__u64 at = rule->arg_long[j].len;
-				barrier_var(at);
-				s->skip = a[at & 15] == 0;
-			}
-		}
-		return 0;
+		return scan_long(s, rule, a);
 	}
-	if (s->stdin_forced || (a[0] == '-' && !a[1]))
-		return 1; /* code from stdin; the rest are its arguments */
-	s->hash = hash_name(x->name);
-	s->len = n;
-	s->source = FROM_SCRIPT;
-	return 1;
+	return scan_letters(s, rule, a);
+}
+
+static __always_inline __u8 form_of(__u32 mode, __u32 device)
+{
+	switch (mode & S_IFMT) {
+	case S_IFIFO:
+		return IN_PIPE;
+	case S_IFSOCK:
+		return IN_SOCKET;
+	case S_IFCHR:
+		return device == (1 << 20 | 3) ? IN_NULL : IN_TTY;
+	case S_IFBLK:
+		return 0; /* never acceptable */
+	}
+	return IN_FILE;
 }
 
 /* What file descriptor 0 is, as enum stdin_form; 0 if closed. */
@@ -154,21 +235,20 @@ static __always_inline __u8 stdin_form(struct task_struct *t)
 	if (!f)
 		return IN_NULL;
 	__u32 mode = BPF_CORE_READ(f, f_inode, i_mode), dev = BPF_CORE_READ(f, f_inode, i_rdev);
-	switch (mode & S_IFMT) {
-	case S_IFIFO:
-		return IN_PIPE;
-	case S_IFSOCK:
-		return IN_SOCKET;
-	case S_IFCHR:
-		return dev == (1 << 20 | 3) ? IN_NULL : IN_TTY;
-	}
-	return IN_FILE;
+	return form_of(mode, dev);
+}
+
+/* How refused standard input is dealt with. */
+static __always_inline __u8 stdin_mode(const struct generation *s, const struct interpreter *rule)
+{
+	__u8 mode = rule->inline_mode ? rule->inline_mode : M_ENFORCE;
+	return s->modes[K_SCRIPT] < mode ? s->modes[K_SCRIPT] : mode;
 }
 
 static __always_inline void check_source(struct steering *c, struct generation *s, struct task_struct *t, struct task *info,
 					 struct linux_binprm *bprm)
 {
-	__u32 slot = slot_of(c, info);
+	__u32 slot = slot_of(s, info);
 	struct interpreter *rule = rule_of(slot);
 	struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!rule)
@@ -178,10 +258,10 @@ static __always_inline void check_source(struct steering *c, struct generation *
 		bpf_loop(MAX_ARGUMENTS, scan_argument, &scan, 0);
 	else
 		scan.source = UNREADABLE;
-	if (scan.left && scan.source == FROM_STDIN && !scan.stdin_forced && bprm->argc > MAX_ARGUMENTS)
+	if (scan.left && scan.source == FROM_STDIN && !scan.stdin_forced && !scan.len)
 		scan.source = UNREADABLE;
 	info->script_hash = scan.hash;
-	info->script_len = scan.source == FROM_SCRIPT ? scan.len : 0;
+	info->script_len = scan.len;
 	if (info->roles & R_PACKAGES)
 		return; /* maintainer scripts use every trick in the book; they are authorised themselves */
 	struct report r = { .kind = K_SCRIPT, .interpreter = info->interpreter, .file = bprm->file };
@@ -196,7 +276,7 @@ static __always_inline void check_source(struct steering *c, struct generation *
 		if (rule->stdin_forms & stdin_form(t))
 			return;
 		r.reason = WHY_STDIN;
-		r.mode = rule->inline_mode ? rule->inline_mode : M_ENFORCE;
+		r.mode = stdin_mode(s, rule);
 		break;
 	default:
 		r.reason = WHY_ARGUMENTS;
@@ -215,35 +295,78 @@ static __always_inline void check_source(struct steering *c, struct generation *
 		bpf_send_signal(SIGKILL);
 }
 
+/* argv[1] is exactly "agent": the other uses of the same program get no privilege. */
+static __always_inline bool runs_agent(struct linux_binprm *bprm)
+{
+	char word[8];
+	__u64 next = bprm->p;
+	struct scratch *x = bpf_task_storage_get(&scratches, bpf_get_current_task_btf(), 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!x || bprm->argc < 2)
+		return false;
+	long n = bpf_probe_read_user_str(x->name, sizeof(x->name), (void *)next);
+	if (n <= 0 || n == sizeof(x->name))
+		return false;
+	__builtin_memset(word, 0, sizeof(word));
+	n = bpf_probe_read_user_str(word, sizeof(word), (void *)(next + n));
+	return n == 6 && *(__u64 *)word == AGENT_WORD;
+}
+
+/*
+ * The agent sees the same files as process 1 and nobody traces it. Otherwise a
+ * root user could show it other state and trust: in a chroot, a container, or
+ * a debugger.
+ */
+static __always_inline bool sees_true_system(struct task_struct *t)
+{
+	struct task_struct *init = BPF_CORE_READ(t, nsproxy, pid_ns_for_children, child_reaper);
+	return !t->ptrace && !BPF_CORE_READ(t, nsproxy, pid_ns_for_children, level) &&
+	       BPF_CORE_READ(t, nsproxy, mnt_ns) == BPF_CORE_READ(init, nsproxy, mnt_ns) &&
+	       BPF_CORE_READ(t, fs, root.dentry) == BPF_CORE_READ(init, fs, root.dentry) &&
+	       BPF_CORE_READ(t, fs, root.mnt) == BPF_CORE_READ(init, fs, root.mnt);
+}
+
 /* The new program is in place and has not run yet: note what it is and may do. */
 SEC("lsm.s/bprm_committed_creds")
 long BPF_PROG(rw_committed, struct linux_binprm *bprm)
 {
 	struct steering *c = steering();
-	if (!c || !in_scope(c))
-		return 0;
-	struct generation *s = settings_of(c);
+	struct generation *s = c ? settings_of(c) : NULL;
 	if (!s)
 		return 0;
 	struct task_struct *t = bpf_get_current_task_btf();
 	struct task *old = task_info(t);
+	bool scoped = in_scope(c);
+	/* out of scope there is one role: the guards hold there too, and so must the agent's way past them */
+	if (!scoped && !old && !c->protect)
+		return 0;
+	bool agent = (!scoped || c->protect) && runs_agent(bprm) && sees_true_system(t);
+	if (!scoped && !old && !agent)
+		return 0;
 	__u16 kept = old ? old->roles & R_PACKAGES : 0;
 	struct found o = {};
-	find(c, bprm->file, &o, true);
-	if (!old && !o.entry.roles && !o.entry.interpreter)
+	find(c, s, bprm->file, &o, true);
+	__u16 roles = o.entry.roles;
+	__u8 interpreter = o.entry.interpreter;
+	if (!agent)
+		roles &= ~R_AGENT;
+	if (!scoped) {
+		roles &= R_AGENT;
+		interpreter = 0;
+	}
+	if (!old && !roles && !interpreter)
 		return 0;
 	struct task *info = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!info) {
 		/* an interpreter that cannot be watched must not run */
-		if (o.entry.interpreter && s->modes[K_SCRIPT] == M_ENFORCE)
+		if (interpreter && s->modes[K_SCRIPT] == M_ENFORCE)
 			bpf_send_signal(SIGKILL);
 		return 0;
 	}
-	info->roles = o.entry.roles | kept;
-	info->interpreter = o.entry.interpreter;
+	info->roles = roles | kept;
+	info->interpreter = interpreter;
 	info->script_hash = 0;
 	info->script_len = 0;
-	if (info->interpreter)
+	if (interpreter)
 		check_source(c, s, t, info, bprm);
 	return 0;
 }
@@ -309,18 +432,54 @@ static __always_inline bool is_data(struct scratch *x, struct file *f, __u32 slo
 	return false;
 }
 
-/* An interpreter opens a regular file for reading. */
-static __always_inline long judge_read(struct steering *c, struct generation *s, struct task_struct *t, struct task *info,
-				      struct file *f)
+/*
+ * The script of the command line: by the last component of the name asked for
+ * or of the file's own, because interpreters make relative names absolute.
+ */
+static __always_inline bool is_named(struct scratch *x, const struct task *info, struct file *f, long asked)
 {
-	__u32 slot = slot_of(c, info);
+	__u32 len = info->script_len, total = asked > 0 ? asked - 1 : 0;
+	if (!len || len >= PATH_LEN)
+		return false;
+	if (total >= len) {
+		__u64 at = total - len, before = at - 1;
+		barrier_var(before);
+		if ((!at || x->name[before & (PATH_LEN - 1)] == '/') && hash_bytes(x->name, at, len) == info->script_hash)
+			return true;
+	}
+	struct dentry *d = f->f_path.dentry;
+	if (d->d_name.len != len)
+		return false;
+	bpf_probe_read_kernel(x->path, len & (PATH_LEN - 1), d->d_name.name);
+	return hash_bytes(x->path, 0, len) == info->script_hash;
+}
+
+/* A pipe, terminal or socket in the place of the script is standard input by another name. */
+static __always_inline long judge_stream(struct steering *c, struct generation *s, struct task *info, const struct interpreter *rule,
+					struct scratch *x, struct file *f)
+{
+	__u8 form = form_of(f->f_inode->i_mode, f->f_inode->i_rdev);
+	if (rule->stdin_forms & form)
+		return 0;
+	struct report r = {
+		.kind = K_SCRIPT, .reason = WHY_STDIN, .mode = stdin_mode(s, rule), .file = f, .interpreter = info->interpreter, .detail = x->name,
+	};
+	return r.mode == M_OFF ? 0 : refuse(c, s, &r, true);
+}
+
+/* An interpreter opens something for reading. */
+static __always_inline long judge_read(struct steering *c, struct generation *s, struct task_struct *t, struct task *info,
+				      struct file *f, bool may_hash)
+{
+	__u32 slot = slot_of(s, info);
 	struct interpreter *rule = rule_of(slot);
 	struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	__u8 mode = s->modes[K_SCRIPT];
 	if (!rule || !x)
 		return mode == M_ENFORCE ? -EPERM : 0;
-	long n = asked_name(t, x);
-	bool named = info->script_len && n == info->script_len && hash_name(x->name) == info->script_hash;
+	bool named = is_named(x, info, f, asked_name(t, x));
+	if ((f->f_inode->i_mode & S_IFMT) != S_IFREG)
+		return named && !(info->roles & R_PACKAGES) ? judge_stream(c, s, info, rule, x, f) : 0;
 	bool code = named || (rule->reads != READS_ANY && has_suffix(rule, f->f_path.dentry));
 	__u16 kinds = BIT(K_SCRIPT);
 	if (!code) {
@@ -329,14 +488,63 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 		kinds = 0xffff; /* anything authorised may be read */
 	}
 	struct found o = {};
-	find(c, f, &o, true);
-	if (o.entry.kinds & kinds)
-		return 0;
+	find(c, s, f, &o, may_hash);
 	struct report r = {
 		.kind = K_SCRIPT, .mode = mode, .error = o.error, .space = o.space, .digest = o.digest, .file = f,
 		.interpreter = info->interpreter, .reason = o.error ? WHY_NO_IDENTITY : WHY_UNLISTED, .detail = x->name,
 	};
-	return refuse(c, s, &r, true);
+	if (!(o.entry.kinds & kinds))
+		return refuse(c, s, &r, true);
+	/* scripts are read piece by piece: no writers from now on */
+	if (code && s->code_writes == M_ENFORCE && !mark_in_use(c, f)) {
+		r.reason = WHY_NO_IDENTITY;
+		r.error = -ETXTBSY;
+		return refuse(c, s, &r, true);
+	}
+	return 0;
+}
+
+static __always_inline long opened_for_reading(struct file *file, bool may_hash)
+{
+	struct task_struct *t = bpf_get_current_task_btf();
+	struct task *info = task_info(t);
+	if (!info || !info->interpreter || !(file->f_mode & FMODE_READ) || file->f_flags & FMODE_EXEC_FLAG)
+		return 0;
+	__u16 type = file->f_inode->i_mode & S_IFMT;
+	if (type == S_IFDIR)
+		return 0;
+	struct steering *c = steering();
+	struct generation *s = c ? settings_of(c) : NULL;
+	if (!s || s->modes[K_SCRIPT] == M_OFF || !in_scope(c))
+		return 0;
+	return judge_read(c, s, t, info, file, may_hash);
+}
+
+/* Each open that succeeded (6.9 and newer). Most tasks are no interpreters: one failed look-up. */
+SEC("lsm.s/file_post_open")
+long BPF_PROG(rw_read, struct file *file, int mask) { return opened_for_reading(file, true); }
+
+/*
+ * The same where that hook is missing. The file is not yet open enough to be
+ * hashed, so only content that was measured before has an identity: by execve,
+ * by mmap, or by the agent (rw_measure).
+ */
+SEC("lsm.s/file_open")
+long BPF_PROG(rw_read_early, struct file *file) { return opened_for_reading(file, false); }
+
+/* flock(2) by the agent measures a file: its identity is known from then on. Fails if it has none. */
+SEC("lsm.s/file_lock")
+long BPF_PROG(rw_measure, struct file *file, unsigned int cmd)
+{
+	__u8 digest[32] = {};
+	struct steering *c = steering();
+	if (!c || !may(R_AGENT) || (file->f_inode->i_mode & S_IFMT) != S_IFREG)
+		return 0;
+	long rc = -EPERM;
+	barrier_var(rc); /* the verifier wants to see the constant */
+	if (!identify(c, file, digest, true, false))
+		rc = 0;
+	return rc;
 }
 
 #endif

@@ -21,6 +21,8 @@ struct timespec64 { __s64 tv_sec; long tv_nsec; };
 
 struct super_block { __u32 s_dev; unsigned long s_magic; };
 
+struct hlist_node { struct hlist_node *next; };
+struct hlist_head { struct hlist_node *first; };
 struct inode {
 	__u16 i_mode;
 	unsigned int i_flags;
@@ -30,6 +32,7 @@ struct inode {
 	__u32 i_rdev;
 	__s64 i_size;
 	atomic_t i_writecount;
+	atomic_t i_readcount;
 };
 /* i_ctime has had three shapes */
 struct inode___before66 { struct timespec64 i_ctime; };
@@ -38,7 +41,7 @@ struct inode___since611 { __s64 i_ctime_sec; __u32 i_ctime_nsec; };
 
 struct qstr { __u32 hash; __u32 len; const unsigned char *name; };
 struct dentry { struct dentry *d_parent; struct qstr d_name; struct inode *d_inode; };
-struct vfsmount { struct super_block *mnt_sb; };
+struct vfsmount { struct dentry *mnt_root; struct super_block *mnt_sb; };
 struct path { struct vfsmount *mnt; struct dentry *dentry; };
 struct address_space { struct inode *host; };
 struct file {
@@ -50,8 +53,16 @@ struct file {
 	void *f_op;
 	struct address_space *f_mapping;
 };
-struct block_device { void *bd_holder; };
+struct block_device { __u32 bd_dev; void *bd_holder; };
 struct bdev_inode { struct block_device bdev; struct inode vfs_inode; };
+struct pid { struct hlist_head tasks[4]; };
+struct proc_inode { struct pid *pid; struct inode vfs_inode; };
+struct ns_common { unsigned int inum; };
+struct mnt_namespace { struct ns_common ns; };
+struct pid_namespace { struct task_struct *child_reaper; unsigned int level; };
+struct nsproxy { struct mnt_namespace *mnt_ns; struct pid_namespace *pid_ns_for_children; };
+struct fs_struct { struct path root; };
+struct mm_struct { struct file *exe_file; unsigned long arg_start; };
 struct shmem_inode_info { unsigned int seals; struct inode vfs_inode; };
 
 struct filename { const char *name; };
@@ -68,6 +79,12 @@ struct task_struct {
 	struct nameidata *nameidata;
 	struct files_struct *files;
 	unsigned int flags;
+	unsigned int ptrace;
+	unsigned int personality;
+	struct mm_struct *mm;
+	struct fs_struct *fs;
+	struct nsproxy *nsproxy;
+	struct hlist_node pid_links[4];
 };
 
 struct linux_binprm {
@@ -84,6 +101,16 @@ struct vm_area_struct { unsigned long vm_flags; struct file *vm_file; void *anon
 struct bpf_map { __u32 id; };
 struct kernel_siginfo { int si_signo; };
 struct cred { int unused; };
+struct iattr;
+struct rlimit;
+struct fown_struct;
+struct posix_acl;
+struct mnt_idmap;
+/* registers of a system call */
+struct pt_regs___call_x86 { unsigned long di, bx; };
+struct pt_regs___call { __u64 regs[31]; };
+struct dm_verity_digest { const char *alg; const __u8 *digest; __u64 digest_len; };
+enum lsm_integrity_type { LSM_INT_DMVERITY_SIG_VALID, LSM_INT_DMVERITY_ROOTHASH, LSM_INT_FSVERITY_BUILTINSIG_VALID };
 
 enum kernel_read_file_id {
 	READING_UNKNOWN,
@@ -120,6 +147,7 @@ enum kernel_load_data_id {
 #define FMODE_WRITE 2
 #define FMODE_EXEC_FLAG 0x20 /* __FMODE_EXEC, in f_flags */
 #define PTRACE_MODE_ATTACH 2
+#define READ_IMPLIES_EXEC 0x0400000
 #define F_SEAL_WRITE 8
 #define PF_KTHREAD 0x00200000
 
@@ -127,6 +155,7 @@ enum kernel_load_data_id {
 #define S_IFSOCK 0140000
 #define S_IFREG 0100000
 #define S_IFBLK 0060000
+#define S_IFDIR 0040000
 #define S_IFCHR 0020000
 #define S_IFIFO 0010000
 #define MAJOR(dev) ((dev) >> 20)
@@ -143,5 +172,8 @@ enum kernel_load_data_id {
 #define EROFS_MAGIC 0xe0f5e1e2
 #define ISOFS_MAGIC 0x9660
 #define PROC_MAGIC 0x9fa0
+#define CGROUP2_MAGIC 0x63677270
+#define LOOP_MAJOR 7
+#define NBD_MAJOR 43
 
 #endif

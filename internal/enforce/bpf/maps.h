@@ -12,7 +12,7 @@ struct identity {
 /* Kept beside it; made before a digest is computed so that writers can void it. */
 struct writes {
 	__u64 count;  /* opens for writing and truncations */
-	__u32 mapped; /* authorised and mapped executable: refuse writers */
+	__u32 in_use; /* authorised, and last mapped executable or opened as a script then: seconds since boot, 0 never */
 	__u32 pad;
 };
 struct task {
@@ -20,7 +20,7 @@ struct task {
 	__u8 interpreter; /* slot of its rule, 0: none */
 	__u8 pad;
 	__u32 script_len;
-	__u64 script_hash; /* of the script named on the command line */
+	__u64 script_hash; /* of the last path component of the script named on the command line */
 };
 /* A directory, with its closing slash, or a file whose content an interpreter may read unchecked. */
 #define DATA_PATH_LEN 64
@@ -32,6 +32,7 @@ struct scratch {
 	struct data_path key;
 	__u8 verity[68];
 	__u8 pad[4];
+	__u64 zero; /* always 0; the verifier does not know that */
 };
 
 struct { __uint(type, BPF_MAP_TYPE_INODE_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct identity); } identities SEC(".maps");

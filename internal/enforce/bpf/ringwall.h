@@ -11,7 +11,7 @@ enum mode { M_OFF, M_AUDIT, M_ENFORCE };
 enum space { S_SHA256, S_FSVERITY, S_DMVERITY };
 enum role {
 	R_AGENT = 1 << 0, R_JIT = 1 << 1, R_JIT_SHARED = 1 << 2, R_BPF = 1 << 3,
-	R_DEBUG = 1 << 4, R_PACKAGES = 1 << 5, R_BLOCK = 1 << 6,
+	R_DEBUG = 1 << 4, R_PACKAGES = 1 << 5, R_BLOCK = 1 << 6, R_MODULES = 1 << 7,
 };
 enum reads { READS_ANY, READS_CODE, READS_STRICT };
 enum stdin_form { IN_TTY = 1, IN_PIPE = 2, IN_FILE = 4, IN_SOCKET = 8, IN_NULL = 16 };
@@ -37,6 +37,7 @@ enum reason {
 	WHY_GUARD_FILE,        /* Ringwall's pins or state */
 	WHY_GUARD_SYSCTL,      /* a setting that would switch the programs off */
 	WHY_PERSONALITY,       /* READ_IMPLIES_EXEC asked for */
+	WHY_GUARD_AGENT,       /* limits, priority, cgroup or /proc files of the agent */
 };
 
 #define PATH_LEN 256
@@ -76,7 +77,12 @@ struct generation {
 	__u64 epoch;
 	__u8 modes[8];
 	__u8 memory, ptrace, block_writes, code_writes;
-	__u8 pad[4];
+	__u32 index;       /* this one's place, so that a check reads one generation throughout */
+	__u64 applied_us;  /* Unix time in microseconds; for people, nothing is decided by it */
+	__u64 entries;     /* in its table, without later additions */
+	__u32 bans;        /* 1: the table has entries for content that is denied */
+	__u32 pad;
+	__u8 policy[32];   /* SHA-256 of the policy document */
 };
 
 #define LONG_OPTIONS 4
@@ -86,13 +92,16 @@ struct suffix8 { __u64 word; __u32 len; __u32 pad; };
 struct interpreter {
 	char name[16];
 	__u8 reads, inline_mode, stdin_forms, n_suffixes;
-	__u8 n_inline_long, n_arg_long, pad[2];
+	__u8 n_inline_long, n_arg_long;
+	__u8 shell; /* options as a Bourne shell reads them */
+	__u8 pad;
 	__u64 inline_flags[2], arg_flags[2], stdin_flags[2]; /* ASCII sets */
 	struct option16 inline_long[LONG_OPTIONS], arg_long[LONG_OPTIONS];
 	struct suffix8 suffixes[SUFFIXES];
 };
 #define INTERPRETERS 64 /* per generation; slot 0 unused */
 
+#define CGROUPS 4
 /* What user space steers; one element. */
 struct steering {
 	__u32 active;       /* generation in force: 0 or 1 */
@@ -103,19 +112,27 @@ struct steering {
 	__u32 pin_device;   /* dev_t of the private bpffs */
 	__u32 relaxed;      /* 1: a break-glass permit is in force, refusals become audit events */
 	__u64 relaxed_until_ns; /* CLOCK_BOOTTIME; the permit ends by itself */
-	__u64 agent_cgroup; /* inode of the agent's cgroup directory */
+	__u64 agent_cgroups[CGROUPS]; /* inodes of the agent's cgroup directory and those above it, without the root */
+	__u64 adopted_until_ns; /* CLOCK_BOOTTIME; no process started later is in the map of adopted ones */
+	__u64 canary_ns;    /* CLOCK_BOOTTIME of the last canary that passed */
+	__u32 canary_mode;  /* enum mode that it proved */
+	__u32 agent;        /* tgid of the agent in the first pid namespace */
+	__u32 mount_ns;     /* the agent's mount namespace */
 	__u32 layout;       /* LAYOUT of the object that made the maps */
-	__u32 pad;
 	__u8 object[32];    /* SHA-256 of the object whose programs are attached */
 };
 /* Grows whenever a map or a structure here changes shape: older maps cannot be taken over then. */
-#define LAYOUT 1
+#define LAYOUT 2
 
 struct counts {
 	__u64 seq, drops, denied, audited, hits, misses, hashed, hash_errors;
 };
 
-/* A file that user space wants left alone: Ringwall's state. */
+/* A file or directory that user space wants left alone: Ringwall's state. */
 struct guarded { __u64 inode; __u32 device; __u32 pad; };
+enum guard {
+	GUARD_ALL = 1,   /* the file, or the directory and its entries */
+	GUARD_PLACE = 2, /* a directory above such: may not be renamed, mounted over or unmounted */
+};
 
 #endif
