@@ -105,7 +105,7 @@ func (g DebianGuest) run(ctx context.Context) (Result, error) {
 	}
 	q := qemu{
 		dir: tmp, kernel: g.Kernel, initrd: initrd, disks: disks, machine: g.Machine, reboots: g.Reboots, nonce: c.Nonce, output: g.Output,
-		cmdline: "systemd.unit=multi-user.target systemd.show_status=error " + g.Cmdline,
+		cmdline: "systemd.unit=multi-user.target systemd.show_status=error modprobe.blacklist=kvm,kvm_amd " + g.Cmdline,
 	}
 	return q.run(ctx)
 }
