@@ -146,3 +146,18 @@ func TestLearn_longNames(t *testing.T) {
 		t.Errorf("%d rules, want 3: %v", len(p.Allow), err)
 	}
 }
+
+// Remarks without a rule are a valid policy, too.
+func TestLearn_nothingVerified(t *testing.T) {
+	for _, in := range []integrity.LearnInput{
+		{}, {Packages: []integrity.LearnedPackage{{Name: "vendor-agent", Version: "1.0"}}},
+	} {
+		doc, err := integrity.Learn(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := integrity.ParsePolicy(doc); err != nil || len(p.Allow) != 0 {
+			t.Errorf("%v\n%s", err, doc)
+		}
+	}
+}
