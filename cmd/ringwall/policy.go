@@ -24,7 +24,7 @@ YAML, becomes valid by being signed, and reaches a host by ringwall host apply.
 
 From nothing: policy init, policy check, policy simulate on the host, policy
 sign, host apply; in audit mode first, then in enforce mode.`,
-		newPolicyInitCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
+		newPolicyInitCommand(e), newPolicyLearnCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
 		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicyDiffCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e))
 }
 

@@ -139,6 +139,10 @@ type recorded struct {
 	Path   string `json:"path"`
 	Digest string `json:"digest"`
 	Count  int    `json:"count"`
+
+	Process *struct {
+		Program string `json:"program"`
+	} `json:"process"`
 }
 
 // replay judges recorded events. The same content used as the same kind is
