@@ -74,7 +74,7 @@ func sourceOf(o integrity.Origin, c *Catalogue, t *NameTable) integrity.Source {
 			for _, n := range t.Names[i] {
 				paths = append(paths, n.Path)
 			}
-			if !yield(integrity.File{SHA256: rec.Digest, Verity: rec.Verity, Kinds: rec.Kinds, Names: paths}) {
+			if !yield(integrity.File{SHA256: rec.Digest, Verity: rec.Verity, Kinds: rec.Kinds, Names: paths, Data: rec.Flags&FlagData != 0}) {
 				return
 			}
 		}

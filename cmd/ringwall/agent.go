@@ -1,0 +1,67 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"ringwall/internal/agent"
+	"ringwall/internal/errs"
+)
+
+// hostDirs are the directories that the commands of a host share.
+type hostDirs struct {
+	state, run string
+}
+
+func (d *hostDirs) flags(c *cobra.Command) {
+	f := c.Flags()
+	f.StringVar(&d.state, "state", agent.DefaultStateDir, "state directory of this host")
+	f.StringVar(&d.run, "run", agent.DefaultRunDir, "directory of the control socket and the kernel pins")
+}
+
+// newAgentCommand runs the agent. It must stay `ringwall agent`: the kernel
+// gives the agent's role to this binary only when its first argument is that
+// word, so that no other command can touch what is guarded.
+func newAgentCommand(e *env) *cobra.Command {
+	var d hostDirs
+	c := &cobra.Command{
+		Use: "agent", GroupID: groupHost, Short: "Enforce this host's policy (run by systemd)",
+		Long: `Put this host's confirmed policy into the kernel, prove with a canary that it
+acts, report events, and answer the other commands, until it is told to stop.
+
+What is in the kernel stays in force when the agent stops or is killed; a new
+one takes over without a gap. ` + "`ringwall host install`" + ` makes a systemd unit of it.`,
+		Example: `  ringwall host init --trust keys --policy base.policy.json
+  ringwall agent`,
+		Args: exactly(),
+		RunE: func(c *cobra.Command, _ []string) error {
+			a, err := agent.New(agent.Options{
+				StateDir: d.state, RunDir: d.run, Now: e.now, Open: openEngine,
+				Log: slog.New(slog.NewTextHandler(e.stderr, nil)),
+			})
+			if err != nil {
+				return err
+			}
+			return a.Run(c.Context())
+		},
+	}
+	d.flags(c)
+	return c
+}
+
+// needRoot says early and plainly what would fail later in a strange place.
+func needRoot(what string) error {
+	if os.Geteuid() == 0 {
+		return nil
+	}
+	return hint(fmt.Errorf("%s: only root can: %w", what, errs.Denied), "run it with sudo")
+}
+
+// noAgent tells an agent that does not answer from one that refuses.
+func noAgent(err error) bool {
+	return errors.Is(err, errs.NotFound) && err != nil
+}

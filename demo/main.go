@@ -1,0 +1,172 @@
+// Command demo is the quickstart: it builds the parts, prepares a host (see
+// prepare.sh) and takes the tour of it (see tour.sh), on this machine if its
+// kernel can enforce, in a scope that leaves everything else alone; otherwise
+// in a QEMU guest made of Debian's own packages and kernel.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"ringwall/internal/enforce"
+	"ringwall/test/vm"
+)
+
+// budget bounds everything after the build, on a slow machine.
+const budget = 20 * time.Minute
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	d := demo{out: os.Stdout}
+	flag.StringVar(&d.ringwall, "ringwall", "", "the ringwall binary")
+	flag.StringVar(&d.kernel, "kernel", "6.1", "kernel of the guest: 6.1, 6.12 or newest")
+	flag.BoolVar(&d.guest, "guest", false, "use a guest even if this machine's kernel can enforce")
+	flag.BoolVar(&d.keep, "keep", false, "keep the working directory")
+	flag.Parse()
+	ctx, cancel := context.WithTimeout(ctx, budget)
+	defer cancel()
+	if err := d.run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "quickstart:", err)
+		os.Exit(1)
+	}
+}
+
+type demo struct {
+	ringwall, kernel string
+	guest, keep      bool
+	out              io.Writer
+	dir              string
+}
+
+func (d *demo) run(ctx context.Context) error {
+	var err error
+	if d.dir, err = os.MkdirTemp("", "ringwall-quickstart-"); err != nil {
+		return err
+	}
+	if d.keep {
+		fmt.Fprintln(d.out, "working in", d.dir)
+	} else {
+		defer os.RemoveAll(d.dir)
+	}
+	if err := d.parts(ctx); err != nil {
+		return fmt.Errorf("build the parts: %w", err)
+	}
+	if problems := enforce.Support(); !d.guest && problems.Err() == nil {
+		return d.onThisMachine(ctx)
+	} else if !d.guest {
+		fmt.Fprintf(d.out, "\nThis machine's own kernel cannot enforce:\n")
+		for _, p := range problems {
+			fmt.Fprintf(d.out, "  %s: %s\n", p.What, p.Why)
+		}
+		fmt.Fprintln(d.out, "so the tour runs in a virtual machine with Debian's.")
+	}
+	return d.inGuest(ctx)
+}
+
+func (d *demo) path(names ...string) string {
+	return filepath.Join(append([]string{d.dir}, names...)...)
+}
+
+// parts builds what the tour needs: the authorised and the unauthorised.
+func (d *demo) parts(ctx context.Context) error {
+	p := d.path("parts")
+	if err := os.MkdirAll(p, 0o755); err != nil { //nolint:gosec // programs for everyone
+		return err
+	}
+	for _, argv := range [][]string{
+		{"go", "build", "-trimpath", "-o", p + "/greeter", "./demo/greeter"},
+		{"gcc", "-O1", "-Wall", "-static", "-o", p + "/attack", "demo/src/attack.c"},
+		{"gcc", "-O1", "-Wall", "-static", "-o", p + "/evil", "demo/src/evil.c"},
+		{"gcc", "-O1", "-Wall", "-shared", "-fPIC", "-DLIBRARY", "-o", p + "/evil.so", "demo/src/evil.c"},
+		{"cp", d.ringwall, p + "/ringwall"},
+		{"cp", "demo/tour.sh", "demo/prepare.sh", p},
+	} {
+		if err := d.command(ctx, nil, argv...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *demo) command(ctx context.Context, env []string, argv ...string) error {
+	c := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	c.Env = append(os.Environ(), "CGO_ENABLED=0")
+	c.Env = append(c.Env, env...)
+	c.Stdout, c.Stderr = d.out, os.Stderr
+	if err := c.Run(); err != nil {
+		return fmt.Errorf("%v: %w", argv, err)
+	}
+	return nil
+}
+
+// onThisMachine takes the tour in a cgroup: its processes are governed, and
+// nothing else of this machine is.
+func (d *demo) onThisMachine(ctx context.Context) error {
+	cgroup := fmt.Sprintf("/sys/fs/cgroup/ringwall-quickstart-%d", os.Getpid())
+	if err := os.Mkdir(cgroup, 0o755); err != nil { //nolint:gosec // a cgroup
+		return fmt.Errorf("make a cgroup: %w", err)
+	}
+	defer os.Remove(cgroup)
+	debs := d.path("debs")
+	if err := d.command(ctx, nil, "demo/fetch-installed.sh", debs); err != nil {
+		return err
+	}
+	err := d.command(ctx, []string{"RINGWALL_SCOPE=" + cgroup, "RINGWALL_DEBS=" + debs}, "sh", d.path("parts", "prepare.sh"), d.path("parts"), d.path("prepared"))
+	if err != nil {
+		return err
+	}
+	return d.command(ctx, []string{"RINGWALL_SCOPE=" + cgroup}, "sh", d.path("parts", "tour.sh"), d.path("parts"), d.path("prepared"))
+}
+
+// inGuest takes the tour in a virtual machine, where all of it is governed.
+func (d *demo) inGuest(ctx context.Context) error {
+	fmt.Fprintln(d.out, "\nMaking a Debian 12 guest with systemd, nginx and Python (kept for the next time) …")
+	k, err := vm.FindKernel(ctx, d.kernel)
+	if err != nil {
+		return err
+	}
+	image, err := vm.DebianImage(ctx, vm.Options{Packages: vm.Lean(), Kernels: []vm.Kernel{k}})
+	if err != nil {
+		return err
+	}
+	root := d.path("root", "var/lib/apt")
+	if err := errors.Join(os.MkdirAll(root, 0o755), os.Symlink(image.Lists, root+"/lists")); err != nil { //nolint:gosec // public indices
+		return err
+	}
+	err = d.command(ctx, []string{"RINGWALL_ROOT=" + d.path("root"), "RINGWALL_DEBS=" + image.Debs}, "sh", d.path("parts", "prepare.sh"), d.path("parts"), d.path("prepared"))
+	if err != nil {
+		return err
+	}
+	payload := d.path("payload")
+	if err := os.Mkdir(payload, 0o755); err != nil { //nolint:gosec // a disk's root
+		return err
+	}
+	for _, n := range []string{"parts", "prepared"} {
+		if err := os.Rename(d.path(n), filepath.Join(payload, n)); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(d.out, "\nBooting it with kernel %s; the whole system will be governed …\n", k.Release)
+	r, err := vm.RunDebian(ctx, vm.DebianGuest{
+		Image: image, Kernel: k, Payload: payload, Script: "#!/bin/sh\nexec /payload/parts/tour.sh /payload/parts /payload/prepared\n", Output: d.out,
+		Machine: vm.Machine{CPUs: 2, MemMiB: 2048},
+	})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out, r.Line())
+	if r.Exit != 0 {
+		return fmt.Errorf("the tour found something wrong (exit %d), see above", r.Exit)
+	}
+	return nil
+}

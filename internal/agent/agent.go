@@ -1,0 +1,467 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ringwall/internal/enforce"
+	"ringwall/internal/errs"
+	"ringwall/internal/host"
+	"ringwall/internal/integrity"
+)
+
+// DefaultRunDir holds the control socket and the pins; it is empty after a boot.
+const DefaultRunDir = "/run/ringwall"
+
+// How often the agent looks after things.
+const (
+	canaryEvery = 5 * time.Minute
+	tickEvery   = 20 * time.Second
+)
+
+// Enforcer is what the agent asks of the kernel engine; *enforce.Engine is one.
+// The process has the agent's role on it.
+type Enforcer interface {
+	// Adopt gives running processes the roles of their programs and returns
+	// those processes.
+	Adopt(ctx context.Context) ([]enforce.Running, error)
+	// Apply puts a table in force, whole or not at all.
+	Apply(t *integrity.Table) error
+	// Guard keeps everyone but the agent from changing files and directories.
+	Guard(paths ...string) error
+	// Protect turns the guards on.
+	Protect() error
+	// Relax lets everything pass, with events, for a time; 0 ends that.
+	Relax(d time.Duration) error
+	// TrustVolume says which dm-verity root a device carries.
+	TrustVolume(dev uint64, root integrity.Digest) error
+	// ForgetVolume undoes TrustVolume.
+	ForgetVolume(dev uint64) error
+	// Canary proves that the kernel refuses an unlisted program and runs a
+	// listed one.
+	Canary(ctx context.Context) error
+}
+
+// Watcher is what the engine tells; *enforce.Engine is one.
+type Watcher interface {
+	// Events calls fn for every event until ctx ends.
+	Events(ctx context.Context, fn func(enforce.Event)) error
+	// MustMeasure says that scripts have to be measured before they are read.
+	MustMeasure() bool
+	// Measure has the kernel compute and keep a file's digest.
+	Measure(f *os.File) error
+	// IsCanary says that an event is the agent's own proof, not an attack.
+	IsCanary(e enforce.Event) bool
+	Status() (enforce.Status, error)
+	// Close lets go; what is pinned goes on.
+	Close() error
+	// Remove takes everything out of the kernel.
+	Remove() error
+}
+
+// Options say where an agent works.
+type Options struct {
+	StateDir string
+	RunDir   string
+	Log      *slog.Logger
+	Now      func() time.Time
+	// Open puts the engine into the kernel, or takes over the one that is there.
+	Open func(enforce.Options) (Enforcer, Watcher, error)
+}
+
+// Agent is the host process. Make one with New and call Run once.
+type Agent struct {
+	opts  Options
+	log   *slog.Logger
+	self  integrity.Digest
+	clock *clock
+	floor host.Floor
+
+	enforcer Enforcer
+	watcher  Watcher
+	pipe     *pipeline
+	measurer *measurer // nil where the kernel needs none
+
+	mu      sync.Mutex // over what follows, and over every change of policy
+	state   *State
+	loaded  *loaded // nil: no policy yet
+	started time.Time
+	applied time.Time
+	canary  Canary
+	relaxed relaxation
+	running []enforce.Running // unlisted, when enforcement began
+	stop    context.CancelFunc
+	volumes map[uint64]integrity.Digest
+	problem []string // what went wrong and has not been put right
+}
+
+// Canary is the last proof that the kernel acts on the policy.
+type Canary struct {
+	At    time.Time `json:"at"`
+	OK    bool      `json:"ok"`
+	Error string    `json:"error,omitempty"`
+}
+
+// relaxation is a break-glass permit in force.
+type relaxation struct {
+	until  time.Time
+	permit string
+	reason string
+}
+
+// New makes an agent for a host that was set up.
+func New(o Options) (*Agent, error) {
+	s, err := OpenState(o.StateDir)
+	if err != nil {
+		return nil, fmt.Errorf("start agent: %w", err)
+	}
+	self, err := hashFile("/proc/self/exe")
+	if err != nil {
+		return nil, fmt.Errorf("start agent: hash its own program: %w", err)
+	}
+	c, err := openClock(s.path(dirFloor, "clock"), o.Now)
+	if err != nil {
+		return nil, fmt.Errorf("start agent: %w", err)
+	}
+	f, err := host.OpenFloor(s.path(dirFloor), s.Settings().TPM)
+	if err != nil {
+		return nil, fmt.Errorf("start agent: %w", err)
+	}
+	return &Agent{
+		opts: o, log: o.Log, self: self, clock: c, floor: f, state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
+	}, nil
+}
+
+func hashFile(name string) (integrity.Digest, error) {
+	var d integrity.Digest
+	f, err := os.Open(name)
+	if err != nil {
+		return d, err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return d, err
+	}
+	h.Sum(d[:0])
+	return d, nil
+}
+
+// Run enforces until ctx ends. What is in the kernel stays there.
+//
+// It fails closed at the start: an agent that cannot put the policy in force
+// returns an error and never says that it enforces. errs.Unsupported means that
+// this kernel cannot.
+func (a *Agent) Run(ctx context.Context) error {
+	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	lock, err := lockFile(filepath.Join(a.opts.RunDir, "agent.lock"))
+	if err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	defer lock.Close()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	a.stop = stop
+	if err := a.open(); err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	defer a.watcher.Close()
+	if a.pipe, err = newPipeline(a); err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer stop()
+	workers.Go(func() { a.pipe.run(ctx) })
+	a.measurer = newMeasurer(a.watcher)
+	defer a.measurer.close()
+	workers.Go(func() { a.measurer.watch(ctx) })
+	failed := make(chan error, 2)
+	workers.Go(func() { failed <- a.watcher.Events(ctx, a.take) })
+	if err := a.begin(ctx); err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	srv, err := newControl(a)
+	if err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	workers.Go(func() { failed <- srv.serve(ctx) })
+	if err := a.enforcer.Guard(a.opts.RunDir); err != nil {
+		return fmt.Errorf("run agent: %w", err)
+	}
+	now := a.Status()
+	_ = host.Notify("READY=1\nSTATUS=" + now.State + ": " + now.Text)
+	a.log.InfoContext(ctx, "agent runs", "state", now.State, "text", now.Text, "host", now.Host)
+	return a.look(ctx, failed)
+}
+
+// open takes the engine, the role and the guards.
+func (a *Agent) open() error {
+	set := a.state.Settings()
+	e, w, err := a.opts.Open(enforce.Options{
+		PinDir: filepath.Join(a.opts.RunDir, "bpf"), ScopeCgroup: set.Scope, CanaryDir: a.state.path(dirCanary),
+	})
+	if err != nil {
+		return err
+	}
+	a.enforcer, a.watcher = e, w
+	guard := []string{a.state.dir}
+	for _, d := range stateDirs() {
+		guard = append(guard, a.state.path(d))
+	}
+	if err := e.Guard(guard...); err != nil {
+		return errors.Join(err, w.Close())
+	}
+	return nil
+}
+
+// take accepts an event. A script that was refused only because it had not been
+// measured is measured for the next time.
+func (a *Agent) take(e enforce.Event) {
+	if a.measurer != nil && e.Kind == integrity.KindScript && e.Errno == -int32(unix.ENOENT) && filepath.IsAbs(e.Path) {
+		a.measurer.expect([]string{e.Path})
+	}
+	a.pipe.take(e)
+}
+
+// begin puts the confirmed policy in force. A host without one waits for it.
+func (a *Agent) begin(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.trustVolumes(); err != nil {
+		a.note("dm-verity volumes: " + err.Error())
+	}
+	bundle, err := readFile(a.state.path(filePolicy), maxBundle)
+	if errors.Is(err, errs.NotFound) {
+		a.log.WarnContext(ctx, "no policy yet: nothing is enforced until `ringwall host apply`")
+		return a.enforcer.Protect()
+	}
+	if err != nil {
+		return err
+	}
+	l, err := a.state.load(bundle, a.self, a.clock.now())
+	if err != nil {
+		return fmt.Errorf("the confirmed policy: %w", err)
+	}
+	least, err := a.floor.Get()
+	if err != nil {
+		return fmt.Errorf("epoch floor: %w", err)
+	}
+	if l.policy.Epoch < least {
+		return fmt.Errorf("the stored policy has epoch %d, this host has had %d: someone put an old one back: %w", l.policy.Epoch, least, errs.Untrusted)
+	}
+	if err := a.enact(ctx, l); err != nil {
+		return err
+	}
+	return a.settle(ctx, l)
+}
+
+// enact puts a policy in force and proves it; on failure the one before it is
+// put back.
+func (a *Agent) enact(ctx context.Context, l *loaded) error {
+	if err := a.enforcer.Apply(l.compiled.Table); err != nil {
+		return err
+	}
+	before := a.loaded
+	a.loaded = l
+	a.pipe.use(l)
+	if there, measured := a.measurer.all(ctx, l.scripts); measured < there {
+		a.log.WarnContext(ctx, "not every authorised script could be measured; the others are refused to interpreters", "scripts", there, "measured", measured)
+	}
+	err := a.prove(ctx)
+	if err == nil {
+		a.applied = a.opts.Now()
+		return nil
+	}
+	if before == nil {
+		return err
+	}
+	a.loaded = before
+	a.pipe.use(before)
+	if back := a.enforcer.Apply(before.compiled.Table); back != nil {
+		return errors.Join(err, fmt.Errorf("put the policy before back: %w", back))
+	}
+	return fmt.Errorf("%w; the policy before, epoch %d, is in force", err, before.policy.Epoch)
+}
+
+// settle confirms what enact put in force: it survives a restart from here on.
+func (a *Agent) settle(ctx context.Context, l *loaded) error {
+	if err := a.state.follow(l.policy.Trust); err != nil {
+		return err
+	}
+	if err := a.state.confirm(l.bundle); err != nil {
+		return err
+	}
+	if err := a.floor.Raise(l.policy.Epoch); err != nil {
+		return fmt.Errorf("raise the epoch floor: %w", err)
+	}
+	if err := a.enforcer.Protect(); err != nil {
+		return err
+	}
+	all, err := a.enforcer.Adopt(ctx)
+	if err != nil {
+		return err
+	}
+	a.running = a.running[:0]
+	for _, r := range all {
+		if !r.Listed {
+			a.running = append(a.running, r)
+		}
+	}
+	a.applyKnobs()
+	a.pipe.notice(noticePolicy, fmt.Sprintf("policy %s, epoch %d, is in force: %s", l.policy.Name, l.policy.Epoch, a.headline()))
+	for _, s := range l.skipped {
+		a.pipe.notice(noticeSkipped, s.What+" is not believed and authorises nothing: "+s.Why)
+	}
+	return nil
+}
+
+// prove runs the canary and keeps its result.
+func (a *Agent) prove(ctx context.Context) error {
+	err := a.enforcer.Canary(ctx)
+	a.canary = Canary{At: a.opts.Now(), OK: err == nil}
+	if err != nil {
+		a.canary.Error = err.Error()
+		a.pipe.notice(noticeCanary, "the canary failed, enforcement is not proven: "+err.Error())
+		return fmt.Errorf("canary: %w", err)
+	}
+	return nil
+}
+
+// look is the agent's life after the start.
+func (a *Agent) look(ctx context.Context, failed <-chan error) error {
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			a.pipe.notice(noticeStop, "the agent was asked to stop; what is in the kernel stays in force")
+			return nil
+		case err := <-failed:
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("run agent: %w", err)
+		case <-tick.C:
+			a.tend(ctx)
+		}
+	}
+}
+
+// tend does what is due.
+func (a *Agent) tend(ctx context.Context) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if back := a.clock.tick(); back > 0 {
+		a.pipe.notice(noticeClock, fmt.Sprintf("the clock went back by %v; what runs out is judged by the latest time seen", back))
+	}
+	if err := a.trustVolumes(); err != nil {
+		a.log.WarnContext(ctx, "dm-verity volumes", "error", err)
+	}
+	if a.loaded == nil {
+		return
+	}
+	if next := a.loaded.compiled.NextChange; !next.IsZero() && !a.clock.now().Before(next) {
+		if err := a.recompile(ctx); err != nil {
+			a.note("recompile after an exception ran out: " + err.Error())
+		}
+	}
+	if a.opts.Now().Sub(a.canary.At) >= canaryEvery {
+		_ = a.prove(ctx) // kept in a.canary, told by notice
+	}
+	_ = host.Notify("STATUS=" + a.headline())
+}
+
+// recompile puts the policy in force again with what is stored now.
+func (a *Agent) recompile(ctx context.Context) error {
+	l, err := a.state.load(a.loaded.bundle, a.self, a.clock.now())
+	if err != nil {
+		return err
+	}
+	return a.enact(ctx, l)
+}
+
+func (a *Agent) note(problem string) {
+	a.problem = append(a.problem, problem)
+	if len(a.problem) > 20 {
+		a.problem = a.problem[1:]
+	}
+	a.log.Error("agent", "problem", problem)
+}
+
+// trustVolumes tells the kernel which devices are dm-verity volumes now. One
+// that is no more is forgotten: its number may come back with other content.
+func (a *Agent) trustVolumes() error {
+	list, err := host.VerityVolumes()
+	if err != nil {
+		return err
+	}
+	now := make(map[uint64]integrity.Digest, len(list))
+	for _, v := range list {
+		now[v.Dev] = v.Root
+	}
+	for dev := range a.volumes {
+		if _, there := now[dev]; !there {
+			if err := a.enforcer.ForgetVolume(dev); err != nil {
+				return err
+			}
+			delete(a.volumes, dev)
+		}
+	}
+	for dev, root := range now {
+		if a.volumes[dev] == root {
+			continue
+		}
+		if err := a.enforcer.TrustVolume(dev, root); err != nil {
+			return err
+		}
+		a.volumes[dev] = root
+	}
+	return nil
+}
+
+func (a *Agent) applyKnobs() {
+	var apply []host.Knob
+	for _, k := range a.loaded.policy.Knobs {
+		if k.Apply {
+			apply = append(apply, hostKnob(k))
+		}
+	}
+	for _, r := range (host.Knobs{Facts: host.Probe()}).Apply(apply) {
+		if r.Err != nil {
+			a.note("knob " + r.Name + ": " + r.Err.Error())
+		}
+	}
+}
+
+func hostKnob(k integrity.Knob) host.Knob {
+	return host.Knob{Name: k.Name, Want: k.Want, Rule: host.KnobRule(k.Rule), Boot: k.Boot, Since: k.Since}
+}
+
+// lockFile takes a lock that lasts as long as the process.
+func lockFile(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) //nolint:gosec // a file descriptor
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("another agent runs on this host: %w", errs.Conflict)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", name, err), f.Close())
+	}
+	return f, nil
+}

@@ -1,0 +1,271 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ringwall/internal/enforce"
+	"ringwall/internal/host"
+)
+
+// Bounds of the pipeline.
+const (
+	queueLen    = 8192             // kernel events and notices that wait for the writer
+	repeatFor   = 10 * time.Second // the same again within this time is counted, not told
+	maxRepeats  = 4096             // distinct events that are counted at a time
+	flushPeriod = 2 * time.Second
+)
+
+// pipeline takes events from the kernel and notices from the agent, explains
+// them, folds repetitions and hands them to the log, the journal and the
+// webhook. Nothing that the kernel decides waits for it.
+//
+// take and notice never block: what does not fit is counted, and the count
+// shows as a gap.
+type pipeline struct {
+	queue    chan any // enforce.Event or Record
+	overflow atomic.Uint64
+	current  atomic.Pointer[loaded]
+	rec      recorder
+	log      *eventLog
+	syslog   *host.Journal
+	hook     *webhook
+	now      func() time.Time
+	canary   func(enforce.Event) bool
+
+	mu       sync.Mutex
+	received uint64 // kernel events seen
+	lost     uint64 // by sequence number
+	lastSeq  uint64
+
+	repeats map[repeatKey]*repeat
+}
+
+// repeatKey is what makes two events the same to a person.
+type repeatKey struct {
+	reason, kind, path, detail, digest, program string
+	refused                                     bool
+	uid                                         uint32
+}
+
+type repeat struct {
+	record      Record
+	count       int
+	first, last time.Time
+}
+
+func newPipeline(a *Agent) (*pipeline, error) {
+	log, err := openLog(a.state.path(dirEvents))
+	if err != nil {
+		return nil, err
+	}
+	booted, err := bootTime(a.opts.Now)
+	if err != nil {
+		return nil, err
+	}
+	p := &pipeline{
+		queue: make(chan any, queueLen), log: log, now: a.opts.Now,
+		rec:     recorder{host: a.state.Host(), booted: booted, lookup: host.NewLookup("/")},
+		syslog:  host.OpenJournal("ringwall"),
+		hook:    newWebhook(a.state.Settings().Webhook, a.log),
+		canary:  a.watcher.IsCanary,
+		repeats: map[repeatKey]*repeat{},
+	}
+	return p, nil
+}
+
+// use says which policy is in force, for explanations.
+func (p *pipeline) use(l *loaded) { p.current.Store(l) }
+
+// take accepts an event from the kernel.
+func (p *pipeline) take(e enforce.Event) {
+	select {
+	case p.queue <- e:
+	default:
+		p.overflow.Add(1)
+	}
+}
+
+// notice tells something that the agent did or found.
+func (p *pipeline) notice(reason, text string) {
+	r := Record{Version: 1, Time: p.now().UTC(), Host: p.rec.host, Type: typeNotice, Reason: reason, Text: text, Alert: alerting(reason)}
+	select {
+	case p.queue <- r:
+	default:
+		p.overflow.Add(1)
+	}
+}
+
+// run writes until ctx ends, and then what is still waiting.
+func (p *pipeline) run(ctx context.Context) {
+	hookDone := p.hook.start(ctx)
+	tick := time.NewTicker(flushPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case x := <-p.queue:
+			p.handle(x)
+		case <-tick.C:
+			p.expire(p.now())
+			p.checkLog()
+		case <-ctx.Done():
+			p.drain()
+			p.expire(p.now().Add(repeatFor))
+			p.log.close()
+			<-hookDone
+			return
+		}
+	}
+}
+
+func (p *pipeline) drain() {
+	for {
+		select {
+		case x := <-p.queue:
+			p.handle(x)
+		default:
+			return
+		}
+	}
+}
+
+func (p *pipeline) handle(x any) {
+	switch x := x.(type) {
+	case Record:
+		p.emit(&x)
+	case enforce.Event:
+		p.count(&x)
+		if p.canary(x) {
+			return
+		}
+		p.fold(p.rec.record(&x, p.current.Load()))
+	}
+}
+
+// count finds gaps: the kernel numbers what it raises, sent or not.
+func (p *pipeline) count(e *enforce.Event) {
+	p.mu.Lock()
+	last := p.lastSeq
+	p.received++
+	p.lastSeq = max(last, e.Seq)
+	var gap uint64
+	if last != 0 && e.Seq > last+1 {
+		gap = e.Seq - last - 1
+		p.lost += gap
+	}
+	p.mu.Unlock()
+	if gap == 0 {
+		return
+	}
+	p.emit(&Record{
+		Version: 1, Time: p.now().UTC(), Host: p.rec.host, Type: typeGap, Alert: true, Seq: last + 1, Lost: gap, Reason: "events-lost",
+		Text: fmt.Sprintf("%d events were raised and lost before number %d: refusals were made as always, but there is no record of these", gap, e.Seq),
+	})
+}
+
+// fold tells the first of a kind at once and counts the others.
+func (p *pipeline) fold(r Record) {
+	k := repeatKey{
+		reason: r.Reason, kind: r.Kind, path: r.Path, detail: r.Detail, digest: r.Digest, program: r.Process.Program,
+		refused: r.Type == typeBlock, uid: r.Process.UID,
+	}
+	if old := p.repeats[k]; old != nil {
+		old.count++
+		old.last = r.Time
+		old.record.Seq = r.Seq
+		return
+	}
+	if len(p.repeats) < maxRepeats {
+		p.repeats[k] = &repeat{record: r, first: r.Time, last: r.Time}
+	}
+	p.emit(&r)
+}
+
+// expire tells the counts of what has not come again for a while.
+func (p *pipeline) expire(now time.Time) {
+	for k, x := range p.repeats {
+		if now.Sub(x.first) < repeatFor {
+			continue
+		}
+		delete(p.repeats, k)
+		if x.count == 0 {
+			continue
+		}
+		r := x.record
+		r.Count, r.First, r.Last, r.Alert = x.count, &x.first, &x.last, false // the first one was the alert
+		p.emit(&r)
+	}
+}
+
+func (p *pipeline) emit(r *Record) {
+	p.log.write(r)
+	p.syslog.Send(r.Alert, r.Text+describe(r), journalFields(r))
+	if r.Alert {
+		p.hook.post(r)
+	}
+}
+
+// checkLog tells of lines that could not be kept, once there is room again.
+func (p *pipeline) checkLog() {
+	n := p.overflow.Swap(0)
+	if p.log.flush() {
+		n += p.log.lost
+		p.log.lost = 0
+	} else if n > 0 {
+		p.overflow.Add(n)
+		return
+	}
+	if n > 0 {
+		p.emit(&Record{
+			Version: 1, Time: p.now().UTC(), Host: p.rec.host, Type: typeGap, Alert: true, Lost: n, Reason: "records-lost",
+			Text: fmt.Sprintf("%d records found no room on the disk or in memory and are lost", n),
+		})
+	}
+}
+
+// Flow is how many events came through.
+type Flow struct {
+	Received uint64 `json:"received"`
+	Lost     uint64 `json:"lost"`
+}
+
+func (p *pipeline) flow() Flow {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return Flow{Received: p.received, Lost: p.lost}
+}
+
+func describe(r *Record) string {
+	out := ""
+	if r.Path != "" {
+		out += ": " + r.Path
+	}
+	if r.Process != nil {
+		out += fmt.Sprintf(" (by %s, pid %d, uid %d)", r.Process.Name, r.Process.PID, r.Process.UID)
+	}
+	return out
+}
+
+func journalFields(r *Record) map[string]string {
+	f := map[string]string{"RINGWALL_TYPE": r.Type, "RINGWALL_REASON": r.Reason}
+	for k, v := range map[string]string{"RINGWALL_KIND": r.Kind, "RINGWALL_PATH": r.Path, "RINGWALL_DIGEST": r.Digest, "RINGWALL_RULE": r.Rule, "RINGWALL_SIGNER": r.Signer} {
+		if v != "" {
+			f[k] = v
+		}
+	}
+	return f
+}
+
+// bootTime is the wall-clock time of boot, to which kernel times are added.
+func bootTime(now func() time.Time) (time.Time, error) {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return time.Time{}, fmt.Errorf("boot clock: %w", err)
+	}
+	return now().Add(-time.Duration(ts.Nano())), nil
+}

@@ -1,0 +1,320 @@
+package agent
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/host"
+	"ringwall/internal/integrity"
+	"ringwall/internal/pki"
+)
+
+// DefaultStateDir is where a host keeps what it was given and believes.
+const DefaultStateDir = "/var/lib/ringwall"
+
+// Names below the state directory. All of it is written by the agent only; the
+// kernel refuses everyone else while enforcement is on.
+const (
+	fileAnchor   = "anchor.json" // who may sign the next policy; settings of this host
+	filePolicy   = "policy.json" // the policy in force, signed
+	filePrevious = "policy.previous.json"
+	dirFloor     = "floor"       // the epoch below which no policy may fall
+	dirReleases  = "releases"    // RECORD.release.json, RECORD.cat, RECORD.names
+	dirSupps     = "supplements" // NAME.policy.json
+	dirPackages  = "packages"    // SHA256OFDEB.json, .cat, .names
+	dirCanary    = "canary"
+	dirEvents    = "events"
+	dirIncoming  = "incoming"
+)
+
+// Bounds of what is read back.
+const (
+	maxAnchor    = 1 << 20
+	maxBundle    = 8 << 20
+	maxCatalogue = 320 << 20
+	maxStored    = 100_000
+)
+
+// Anchor is what a host is given when it is set up: whom it believes before it
+// has a policy, and later whom its policy says that it believes.
+type Anchor struct {
+	Host        string       `json:"host"` // this host's id; break-glass permits name it
+	Authorities []AnchorCert `json:"authorities"`
+	Timestamps  []AnchorCert `json:"timestamps"`
+	Settings    Settings     `json:"settings"`
+	Suites      []SeenSuite  `json:"suites,omitempty"`
+}
+
+// SeenSuite is the newest index of an archive's suite that was seen.
+type SeenSuite struct {
+	Name string `json:"name"` // archive/codename/suite
+	Date int64  `json:"date"` // of its InRelease, Unix seconds
+}
+
+// AnchorCert is a certificate with the name that reports give it.
+type AnchorCert struct {
+	Name string `json:"name"`
+	PEM  string `json:"pem"`
+}
+
+// Settings are choices of the operator that no policy makes.
+type Settings struct {
+	Scope   string `json:"scope,omitempty"`   // cgroup v2 directory that alone is governed; "" is the whole host
+	Webhook string `json:"webhook,omitempty"` // where alerts are posted; https, or http on loopback
+	TPM     string `json:"tpm,omitempty"`     // TPM device for the epoch floor; "" for the first that is there
+}
+
+// State is the state directory. It is used by one goroutine at a time.
+type State struct {
+	dir    string
+	anchor Anchor
+}
+
+// InitState makes a state directory. One that is there already is errs.Conflict.
+func InitState(dir string, a Anchor) (*State, error) {
+	s := &State{dir: dir, anchor: a}
+	if err := s.create(); err != nil {
+		return nil, fmt.Errorf("set up %s: %w", dir, err)
+	}
+	return s, nil
+}
+
+func (s *State) create() error {
+	if _, err := s.anchor.roots(); err != nil {
+		return err
+	}
+	if len(s.anchor.Authorities) == 0 || len(s.anchor.Timestamps) == 0 {
+		return fmt.Errorf("no policy authority or no timestamp authority: %w", errs.Invalid)
+	}
+	if s.anchor.Host == "" {
+		var id [16]byte
+		if _, err := rand.Read(id[:]); err != nil {
+			return fmt.Errorf("make a host id: %w", err)
+		}
+		s.anchor.Host = hex.EncodeToString(id[:])
+	}
+	if err := s.anchor.Settings.check(); err != nil {
+		return err
+	}
+	for _, d := range append([]string{"."}, stateDirs()...) {
+		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Lstat(s.path(fileAnchor)); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("this host is set up already; `ringwall host remove` undoes that: %w", errs.Conflict)
+	}
+	return s.saveAnchor()
+}
+
+func stateDirs() []string {
+	return []string{dirFloor, dirReleases, dirSupps, dirPackages, dirCanary, dirEvents, dirIncoming}
+}
+
+// OpenState opens a state directory; errs.NotFound if the host is not set up.
+func OpenState(dir string) (*State, error) {
+	s := &State{dir: dir}
+	b, err := readFile(s.path(fileAnchor), maxAnchor)
+	if errors.Is(err, errs.NotFound) {
+		return nil, fmt.Errorf("open state: %s does not exist; run `ringwall host init` first: %w", s.path(fileAnchor), errs.NotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open state: %w", err)
+	}
+	if err := pki.UnmarshalStrict(b, &s.anchor, maxAnchor); err != nil {
+		return nil, fmt.Errorf("open state: %s: %w", fileAnchor, err)
+	}
+	for _, d := range stateDirs() {
+		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, fmt.Errorf("open state: %w", err)
+		}
+	}
+	return s, nil
+}
+
+func (c Settings) check() error {
+	if c.Scope != "" && !filepath.IsAbs(c.Scope) {
+		return fmt.Errorf("scope %q is not an absolute path: %w", c.Scope, errs.Invalid)
+	}
+	if c.Webhook != "" {
+		return checkWebhook(c.Webhook)
+	}
+	return nil
+}
+
+func (s *State) path(names ...string) string {
+	return filepath.Join(append([]string{s.dir}, names...)...)
+}
+
+// Host returns this host's id.
+func (s *State) Host() string { return s.anchor.Host }
+
+// Settings returns the operator's choices.
+func (s *State) Settings() Settings { return s.anchor.Settings }
+
+func (s *State) saveAnchor() error {
+	b, err := json.MarshalIndent(s.anchor, "", "  ")
+	if err != nil {
+		return err
+	}
+	return host.WriteFile(s.path(fileAnchor), append(b, '\n'), 0o600)
+}
+
+// roots returns who may sign a policy.
+func (a *Anchor) roots() (pki.TrustRoots, error) {
+	var r pki.TrustRoots
+	for _, list := range []struct {
+		from []AnchorCert
+		to   *[]pki.Anchor
+	}{{a.Authorities, &r.CAs}, {a.Timestamps, &r.TSAs}} {
+		for _, c := range list.from {
+			cert, err := pki.DecodeCertificate([]byte(c.PEM))
+			if err != nil {
+				return r, fmt.Errorf("certificate %q: %w", c.Name, err)
+			}
+			*list.to = append(*list.to, pki.Anchor{Name: c.Name, Cert: cert})
+		}
+	}
+	return r, nil
+}
+
+// AnchorFor makes an anchor of certificates.
+func AnchorFor(authorities, timestamps []*x509.Certificate) Anchor {
+	list := func(cs []*x509.Certificate) []AnchorCert {
+		var out []AnchorCert
+		for _, c := range cs {
+			out = append(out, AnchorCert{Name: c.Subject.CommonName, PEM: string(pki.EncodeCertificate(c))})
+		}
+		return out
+	}
+	return Anchor{Authorities: list(authorities), Timestamps: list(timestamps)}
+}
+
+// follow takes over whom a confirmed policy trusts to sign the next one.
+func (s *State) follow(t integrity.Trust) error {
+	var as, ts []*x509.Certificate
+	for _, a := range t.Authorities {
+		if slices.Contains(a.Signs, "policy") {
+			as = append(as, a.Certificate)
+		}
+	}
+	for _, x := range t.Timestamps {
+		ts = append(ts, x.Certificate)
+	}
+	next := AnchorFor(as, ts)
+	if slices.Equal(next.Authorities, s.anchor.Authorities) && slices.Equal(next.Timestamps, s.anchor.Timestamps) {
+		return nil
+	}
+	if len(as) == 0 || len(ts) == 0 {
+		return fmt.Errorf("the policy names nobody who could sign the next one: %w", errs.Invalid)
+	}
+	was := s.anchor
+	s.anchor.Authorities, s.anchor.Timestamps = next.Authorities, next.Timestamps
+	if err := s.saveAnchor(); err != nil {
+		s.anchor = was
+		return fmt.Errorf("take over the policy's authorities: %w", err)
+	}
+	return nil
+}
+
+// seenSuite notes the date of an archive's index and refuses one that is older
+// than what was seen before: a replayed index would bring old, vulnerable
+// packages back.
+func (s *State) seenSuite(name string, date time.Time) error {
+	at := date.Unix()
+	i := slices.IndexFunc(s.anchor.Suites, func(x SeenSuite) bool { return x.Name == name })
+	if i < 0 {
+		s.anchor.Suites = append(s.anchor.Suites, SeenSuite{name, at})
+		return s.saveAnchor()
+	}
+	switch last := s.anchor.Suites[i].Date; {
+	case at < last:
+		return fmt.Errorf("index of %s is of %s, one of %s was seen before: %w", name, date.UTC().Format(time.RFC3339),
+			time.Unix(last, 0).UTC().Format(time.RFC3339), errs.Untrusted)
+	case at == last:
+		return nil
+	}
+	s.anchor.Suites[i].Date = at
+	return s.saveAnchor()
+}
+
+// confirm makes a policy the one that the next start begins with.
+func (s *State) confirm(bundle []byte) error {
+	old, err := readFile(s.path(filePolicy), maxBundle)
+	if err == nil && !bytes.Equal(old, bundle) {
+		err = host.WriteFile(s.path(filePrevious), old, 0o600)
+	}
+	if err != nil && !errors.Is(err, errs.NotFound) {
+		return fmt.Errorf("keep the previous policy: %w", err)
+	}
+	return host.WriteFile(s.path(filePolicy), bundle, 0o600)
+}
+
+// stored lists the stems of a directory's files with an ending, sorted.
+func (s *State) stored(dir, ending string) ([]string, error) {
+	es, err := os.ReadDir(s.path(dir))
+	if err != nil {
+		return nil, fmt.Errorf("list %s: %w", dir, err)
+	}
+	var out []string
+	for _, e := range es {
+		if stem, ok := strings.CutSuffix(e.Name(), ending); ok && e.Type().IsRegular() && !strings.HasPrefix(stem, ".") {
+			out = append(out, stem)
+		}
+	}
+	if len(out) > maxStored {
+		return nil, fmt.Errorf("list %s: more than %d: %w", dir, maxStored, errs.Invalid)
+	}
+	return out, nil
+}
+
+// put writes files of one stem; the one with the first ending last, since that
+// is the one that stored looks for: a crash leaves no half entry.
+func (s *State) put(dir, stem string, files map[string][]byte, key string) error {
+	for ending, data := range files {
+		if ending == key {
+			continue
+		}
+		if err := host.WriteFile(s.path(dir, stem+ending), data, 0o600); err != nil {
+			return err
+		}
+	}
+	return host.WriteFile(s.path(dir, stem+key), files[key], 0o600)
+}
+
+// drop removes an entry, the file that counts first.
+func (s *State) drop(dir, stem, key string, others ...string) error {
+	for _, ending := range append([]string{key}, others...) {
+		if err := host.RemoveFile(s.path(dir, stem+ending)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readFile reads a bounded file; errs.NotFound if there is none.
+func readFile(name string, limit int64) ([]byte, error) {
+	st, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", name, errs.NotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if st.Size() > limit {
+		return nil, fmt.Errorf("%s: %d bytes, at most %d: %w", name, st.Size(), limit, errs.Invalid)
+	}
+	return os.ReadFile(name)
+}
