@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -227,7 +229,32 @@ func swapWrite(a *attempt) error {
 	defer unix.Syscall(unix.SYS_SWAPOFF, uintptr(unsafe.Pointer(&name[0])), 0, 0)
 	lib := "/dev/shm/rw-" + a.Token
 	defer os.Remove(lib)
-	return errors.Join(copyFile(a.inKit("librwdemo.so"), lib), a.tool("swapped", lib, below))
+	return a.inCgroup(func(box string) error {
+		return a.tool("swapped", lib, below, box+"/memory.reclaim", a.inKit("librwdemo.so"))
+	})
+}
+
+// inCgroup runs fn in a cgroup with a memory controller, which an attempt's own may not have.
+func (a *attempt) inCgroup(fn func(box string) error) error {
+	const top = "/sys/fs/cgroup"
+	old, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return err
+	}
+	_, own, found := strings.Cut(strings.TrimSpace(string(old)), "0::")
+	if err := os.WriteFile(top+"/cgroup.subtree_control", []byte("+memory"), 0); err != nil || !found {
+		return unavailable("memory controller: %v", err)
+	}
+	box := top + "/attack-box-" + a.Token
+	if err := os.Mkdir(box, 0o755); err != nil {
+		return err
+	}
+	defer os.Remove(box)
+	if err := os.WriteFile(box+"/cgroup.procs", []byte("0"), 0); err != nil {
+		return err
+	}
+	err = fn(box)
+	return errors.Join(err, os.WriteFile(filepath.Join(top, own, "cgroup.procs"), []byte("0"), 0))
 }
 
 func devMem(a *attempt) error {

@@ -135,25 +135,33 @@ static int truncated(char **a) { return change(a, (struct change){ .early = 1, .
 
 /*
  * The page with the code is pushed out to swap, changed there and fetched
- * again. a[0]: a copy of the demo library on tmpfs, a[1]: the file below the
- * loop device that is swapped to. The library is mapped, and so judged, before.
+ * again. a[0]: where to put a copy of the demo library on tmpfs, a[1]: the file
+ * below the loop device that is swapped to, a[2]: memory.reclaim of our cgroup,
+ * a[3]: the demo library. The library is mapped, and so judged, before.
  */
 static int swapped(char **a)
 {
 	static char disk[32 << 20];
+	int fd = open(a[0], O_RDWR | O_CREAT | O_EXCL, 0755), below = open(a[1], O_RDWR);
+	if (fd < 0 || below < 0 || copy_to(fd, a[3]))
+		return failed("copy");
+	close(fd);
 	long off = demo_offset(a[0]), in = off % PAGE;
-	int fd = off < 0 ? -1 : open(a[0], O_RDONLY), below = open(a[1], O_RDWR);
-	if (fd < 0 || below < 0)
-		return failed("open");
+	fd = off < 0 ? -1 : open(a[0], O_RDONLY);
 	char *p = mmap(NULL, PAGE, PROT_READ | PROT_EXEC, MAP_SHARED, fd, off - in), copy[PAGE];
 	if (p == MAP_FAILED)
 		return failed("mmap");
 	memcpy(copy, p, PAGE);
-	for (int i = 0; i < 50; i++) {
+	for (int i = 0; i < 40; i++) {
 		unsigned char there = 1;
-		if (madvise(p, PAGE, MADV_PAGEOUT))
-			return failed("MADV_PAGEOUT");
-		usleep(100000);
+		int reclaim = open(a[2], O_WRONLY);
+		if (reclaim < 0)
+			return failed(a[2]);
+		/* it says EAGAIN if it got less than it was asked for: that is fine */
+		if (write(reclaim, "64M", 3) < 0 && errno != EAGAIN)
+			return failed("reclaim");
+		close(reclaim);
+		usleep(50000);
 		ssize_t n = pread(below, disk, sizeof(disk), 0);
 		char *at = n <= 0 || mincore(p, PAGE, &there) || there & 1 ? NULL : memmem(disk, n, copy, PAGE);
 		if (!at)
