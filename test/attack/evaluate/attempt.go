@@ -197,9 +197,14 @@ func (a *attempt) environment() []string {
 	return []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + a.Dir, "LANG=C.UTF-8", "TERM=dumb"}
 }
 
-// tool runs the C part of a technique.
+// tool runs the C part of a technique, from a copy: equal programs in
+// different attempts would be told apart only by the agent's counts.
 func (a *attempt) tool(name string, args ...string) error {
-	return a.run(append([]string{a.inKit("attack"), name, a.Token, a.Marker}, args...)...)
+	own := a.path("attack")
+	if err := copyFile(a.inKit("attack"), own); err != nil {
+		return err
+	}
+	return a.run(append([]string{own, name, a.Token, a.Marker}, args...)...)
 }
 
 // observed writes the marker for techniques whose effect only the evaluator can see.

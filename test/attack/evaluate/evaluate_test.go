@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"ringwall/internal/errs"
 )
@@ -171,23 +172,31 @@ func FuzzParseResults(f *testing.F) {
 
 func TestMarkAlerted(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "events")
-	old := `{"pid":7}` + "\n"
-	text := old + `{"pid":12,"path":"/x"}` + "\n" + `not json` + "\n" + `{"path":"/tmp/rw-cafe","ancestors":[{"pid":30,"comm":"a"}],"size":40}` + "\n"
+	since := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
+	later := since.Add(time.Minute)
+	text := `{"time":"2026-01-01T00:00:00Z","pid":8}` + "\n" + `{"time":"2026-01-02T00:02:00Z","count":2,"first":"2026-01-02T00:00:50Z","last":"2026-01-02T00:01:10Z","process":{"program":"/k/evaluate","uid":5}}` + "\n" + `{"pid":12,"path":"/x"}` + "\n" + `not json` + "\n" + `{"path":"/tmp/rw-cafe","ancestors":[{"pid":30,"comm":"a"}],"size":40}` + "\n"
 	if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(p+".1", []byte(`{"pid":55}`+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	results := []result{
 		{ID: "own", pid: 12, token: "1111"},
 		{ID: "ancestor", pid: 30, token: "2222"},
 		{ID: "path", pid: 99, token: "cafe"},
-		{ID: "old", pid: 7, token: "3333"},
+		{ID: "old", pid: 8, token: "3333"},
 		{ID: "number", pid: 40, token: "4444"},
+		{ID: "repeated", token: "5555", uid: 5, start: later, end: later.Add(time.Second)},
+		{ID: "repeated by another", token: "6666", uid: 6, start: later, end: later.Add(time.Second)},
+		{ID: "repeated too late", token: "7777", uid: 5, start: later.Add(time.Hour), end: later.Add(2 * time.Hour)},
+		{ID: "rotated", pid: 55, token: "8888"},
 		{ID: "untried"},
 	}
-	if err := markAlerted(p, int64(len(old)), results); err != nil {
+	if err := markAlerted(p, "/k/evaluate", since, results); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]bool{"own": true, "ancestor": true, "path": true, "old": false, "number": false}
+	want := map[string]bool{"own": true, "ancestor": true, "path": true, "old": false, "number": false, "repeated": true, "repeated by another": false, "repeated too late": false, "rotated": true}
 	for _, r := range results {
 		w, tried := want[r.ID]
 		if (r.Alerted != nil) != tried || tried && *r.Alerted != w {
@@ -199,9 +208,9 @@ func TestMarkAlerted(t *testing.T) {
 func FuzzReadTraces(f *testing.F) {
 	f.Add([]byte(`{"a":[{"pid":1,"b":"c"}]}` + "\n"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		got, err := readTraces(bytes.NewReader(raw))
-		if err == nil && got.pids == nil {
-			t.Fatal("no traces and no error")
+		got := traces{pids: map[int]bool{}}
+		if err := got.read(bytes.NewReader(raw)); err == nil && got.lines > bytes.Count(raw, []byte("\n"))+1 {
+			t.Fatalf("%d lines", got.lines)
 		}
 	})
 }

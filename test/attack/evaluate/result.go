@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"ringwall/internal/errs"
 )
@@ -39,8 +40,9 @@ type result struct {
 	Hung    bool    `json:"hung,omitempty"`
 	Seconds float64 `json:"seconds"`
 
-	pid        int
-	dir, token string
+	pid, uid   int
+	token      string
+	start, end time.Time
 }
 
 func (r result) key() string { return r.As + " " + r.ID }

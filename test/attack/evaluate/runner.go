@@ -44,7 +44,7 @@ func (r *runner) run(ctx context.Context, plan []attemptPlan) ([]result, error) 
 	if err := os.Chmod(r.Base, 0o755); err != nil {
 		return nil, err
 	}
-	from := fileSize(r.events)
+	since := time.Now()
 	var out []result
 	for i, p := range plan {
 		if err := ctx.Err(); err != nil {
@@ -55,21 +55,13 @@ func (r *runner) run(ctx context.Context, plan []attemptPlan) ([]result, error) 
 		fmt.Fprintf(r.progress, "%3d/%d %-11s %-4s %-26s %5.1fs %s\n", i+1, len(plan), res.Outcome, res.As, res.ID, res.Seconds, res.Error)
 	}
 	if r.events != "" {
-		// the agent writes events after the fact
-		time.Sleep(3 * time.Second)
-		if err := markAlerted(r.events, from, out); err != nil {
+		// the agent tells repetitions only when they have stopped for a while
+		time.Sleep(15 * time.Second)
+		if err := markAlerted(r.events, r.self, since, out); err != nil {
 			return nil, err
 		}
 	}
 	return out, nil
-}
-
-func fileSize(path string) int64 {
-	st, err := os.Stat(path)
-	if err != nil {
-		return 0
-	}
-	return st.Size()
 }
 
 func (r *runner) attempt(ctx context.Context, p attemptPlan) result {
@@ -92,7 +84,10 @@ func (r *runner) attempt(ctx context.Context, p attemptPlan) result {
 		return res
 	}
 	defer os.RemoveAll(a.Dir)
-	res.dir, res.token = a.Dir, a.Token
+	res.token, res.start = a.Token, start
+	if p.as == asUser {
+		res.uid = r.UID
+	}
 	limit := r.limit
 	if t.Limit > 0 {
 		limit = time.Duration(t.Limit) * time.Second
@@ -112,7 +107,8 @@ func (r *runner) attempt(ctx context.Context, p attemptPlan) result {
 	case err != nil:
 		res.Error = strings.TrimSpace(err.Error() + " " + ans.Error)
 	}
-	res.Seconds = time.Since(start).Seconds()
+	res.end = time.Now()
+	res.Seconds = res.end.Sub(start).Seconds()
 	return res
 }
 
