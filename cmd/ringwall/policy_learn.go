@@ -343,9 +343,12 @@ func treeOf(file string) string {
 		"/usr", "/usr/*", "/usr/lib/*-linux-gnu", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/share",
 		"/opt", "/srv", "/etc", "/root", "/home", "/home/*",
 	}
-	dir := ""
-	for part := range strings.SplitSeq(strings.Trim(path.Dir(file), "/"), "/") {
-		dir += "/" + part
+	file = path.Clean("/" + file)
+	for i := 1; i < len(file); i++ {
+		if file[i] != '/' {
+			continue
+		}
+		dir := file[:i]
 		if !slices.ContainsFunc(shared, func(s string) bool { ok, err := path.Match(s, dir); return ok && err == nil }) {
 			return dir
 		}
@@ -366,11 +369,12 @@ func (l *learning) leaveTrees() []byte {
 		return nil
 	}
 	l.in.Files = slices.DeleteFunc(l.in.Files, func(f integrity.LearnedFile) bool { return count[treeOf(f.Path)] > 0 })
-	out := "\n# Not allowed by this policy: trees with too many executables to list. Sign those\n# that should run, and rule own-builds of `ringwall policy init` allows them:\n"
+	var out strings.Builder
+	out.WriteString("\n# Not allowed by this policy: trees with too many executables to list. Sign those\n# that should run, and rule own-builds of `ringwall policy init` allows them:\n")
 	for _, dir := range sortedKeys(count) {
-		out += fmt.Sprintf("#   ringwall sign %s --keys DIR --product NAME --version VERSION # %d executables\n", printable(shown(dir)), count[dir])
+		fmt.Fprintf(&out, "#   ringwall sign %s --keys DIR --product NAME --version VERSION # %d executables\n", printable(shown(dir)), count[dir])
 	}
-	return []byte(out)
+	return []byte(out.String())
 }
 
 // events adds what ran, and what programs did that needs a role.
