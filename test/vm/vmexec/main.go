@@ -109,7 +109,7 @@ func fromEnvironment(k vm.Kernel, args []string) (g vm.Guest, timeout time.Durat
 			CPUs: number("RINGWALL_CPUS", 0), MemMiB: number("RINGWALL_MEM", 0), ICount: os.Getenv("RINGWALL_ICOUNT") == "1",
 		},
 	}
-	timeout = time.Duration(number("RINGWALL_TIMEOUT", 600)) * time.Second
+	timeout = time.Duration(number("RINGWALL_TIMEOUT", testSeconds(args[1:]))) * time.Second
 	if _, err := os.Stat("testdata"); err == nil {
 		g.Files = append(g.Files, vm.File{Host: filepath.Join(wd, "testdata")})
 	}
@@ -119,6 +119,19 @@ func fromEnvironment(k vm.Kernel, args []string) (g vm.Guest, timeout time.Durat
 	}
 	g.Files = append(g.Files, more...)
 	return g, timeout, errors.Join(problems...)
+}
+
+// testSeconds is how long a run may take where nobody said: what a Go test
+// allows itself and the time to boot, which is less than what go test waits.
+func testSeconds(args []string) int {
+	for _, a := range args {
+		if v, ok := strings.CutPrefix(a, "-test.timeout="); ok {
+			if d, err := time.ParseDuration(v); err == nil && d > 0 {
+				return int(d.Seconds()) + 45
+			}
+		}
+	}
+	return 600
 }
 
 // environment picks what the program under test may see of the caller's.

@@ -66,6 +66,14 @@ func TestFromEnvironment_refuses(t *testing.T) {
 	}
 }
 
+func TestTestSeconds(t *testing.T) {
+	for arg, want := range map[string]int{"-test.timeout=30m0s": 1845, "-test.timeout=0s": 600, "-test.v": 600} {
+		if got := testSeconds([]string{arg}); got != want {
+			t.Errorf("%s: %d, want %d", arg, got, want)
+		}
+	}
+}
+
 func TestRun_unknownKernel(t *testing.T) {
 	t.Setenv("RINGWALL_KERNEL", "2.4")
 	var out, problems bytes.Buffer
