@@ -55,7 +55,7 @@ func newSource(ctx context.Context, suite string) (aptSource, error) {
 		"-o", "Acquire::Retries=2",
 	}}
 	if _, err := s.run(ctx, "", "apt-get", "-qq", "update"); err != nil {
-		return aptSource{}, fmt.Errorf("suite %s: %v: %w", suite, err, errs.Unsupported)
+		return aptSource{}, fmt.Errorf("suite %s: %w: %w", suite, err, errs.Unsupported)
 	}
 	return s, nil
 }
@@ -176,7 +176,7 @@ func field(paragraph, name string) string {
 // index.
 func (s aptSource) download(ctx context.Context, dir string, pkgs ...string) error {
 	if _, err := s.run(ctx, dir, "apt-get", append([]string{"-qq", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=2", "download"}, pkgs...)...); err != nil {
-		return fmt.Errorf("%v: %w", err, errs.Unsupported)
+		return fmt.Errorf("%w: %w", err, errs.Unsupported)
 	}
 	return nil
 }
