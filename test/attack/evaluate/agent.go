@@ -143,6 +143,9 @@ func thenExec(attack func(*attempt) error) func(*attempt) error {
 		if err != nil {
 			return err
 		}
+		if err := a.findAgain(); err != nil {
+			return err
+		}
 		defer a.putBack()
 		err = attack(a)
 		if errors.Is(err, errs.Unsupported) {
@@ -163,6 +166,18 @@ func thenExec(attack func(*attempt) error) func(*attempt) error {
 	}
 }
 
+// findAgain looks for the agent: an attack before this one may have had it
+// restarted. One that does not come back is attacked in its absence.
+func (a *attempt) findAgain() error {
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		if pid := findAgent("/proc"); pid != 0 {
+			a.AgentPID = pid
+			return nil
+		}
+	}
+	return a.run("systemctl", "start", a.AgentUnit)
+}
+
 // putBack undoes what an attack that worked has done to the agent. Where the
 // attack was refused, there is nothing to undo and most of this is refused, too.
 func (a *attempt) putBack() {
@@ -179,6 +194,7 @@ func (a *attempt) putBack() {
 		return
 	}
 	_ = a.run("systemctl", "unmask", "--runtime", a.AgentUnit)
+	_ = a.run("systemctl", "reset-failed", a.AgentUnit)
 	_ = a.run("systemctl", "start", a.AgentUnit)
 }
 
@@ -186,13 +202,7 @@ func (a *attempt) agentProc(name string) string {
 	return filepath.Join("/proc", strconv.Itoa(a.AgentPID), name)
 }
 
-// signal finds the agent anew: an attack before this one may have had it restarted.
-func (a *attempt) signal(s syscall.Signal) error {
-	if pid := findAgent("/proc"); pid != 0 {
-		a.AgentPID = pid
-	}
-	return syscall.Kill(a.AgentPID, s)
-}
+func (a *attempt) signal(s syscall.Signal) error { return syscall.Kill(a.AgentPID, s) }
 
 func (a *attempt) restart() error {
 	return errors.Join(a.signal(syscall.SIGKILL), a.run("systemctl", "restart", a.AgentUnit))

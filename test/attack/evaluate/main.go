@@ -109,6 +109,10 @@ func runCommand(ctx context.Context, args []string, out io.Writer) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("run as uid %d: root is needed: %w", os.Geteuid(), errs.Unsupported)
 	}
+	// an attack calls the OOM killer: it must not take the evaluator. Attempts give this up.
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
+		return err
+	}
 	choose, err := regexp.Compile(*only)
 	if err != nil {
 		return fmt.Errorf("-only: %w: %w", err, errs.Invalid)
@@ -146,6 +150,9 @@ func attemptCommand(args []string) error {
 	var a attempt
 	if err := json.Unmarshal([]byte(args[0]), &a); err != nil {
 		return fmt.Errorf("attempt: %w: %w", err, errs.Invalid)
+	}
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("0"), 0); err != nil {
+		return err
 	}
 	for _, t := range catalogue() {
 		if t.ID != a.ID {
