@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"ringwall/internal/agent"
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
@@ -21,7 +24,18 @@ type explanation struct {
 	FSVerity string       `json:"fsverity,omitempty"`
 	Verdicts []verdict    `json:"verdicts"`
 	Origins  []originJSON `json:"origins"`
+	Vouched  []string     `json:"vouched_by,omitempty"` // in the agent's words
 }
+
+// answer is a verdict with who vouches for the content.
+type answer struct {
+	verdict
+	origins []originJSON
+	vouched []string
+}
+
+// asker asks a policy about one content as one kind.
+type asker func(integrity.Digest, integrity.Kind) (answer, error)
 
 // originJSON is who vouches for a content.
 type originJSON struct {
@@ -38,13 +52,14 @@ type originJSON struct {
 
 func newPolicyExplainCommand(e *env) *cobra.Command {
 	var q whatIf
-	var kind string
+	var kind, runDir string
 	c := &cobra.Command{
-		Use:   "explain PATH|DIGEST --policy FILE",
+		Use:   "explain PATH|DIGEST [--policy FILE]",
 		Short: "Say whether something would run, by which rule, and why",
 		Long: `Hashes the file and asks the policy, for each kind of code that the file is; or
 asks for a bare SHA-256. Releases and packages that the policy's rules rely on
-are given with --release and --package.
+are given with --release and --package. Without --policy it asks the agent on
+this host, which knows what is in force here.
 
 Exit code 0 means that the policy allows it as every kind asked; 1 that it does
 not, even if its mode is audit and the file would run.
@@ -52,8 +67,10 @@ not, even if its mode is audit and the file would run.
 JSON: {"path", "sha256", "fsverity", "verdicts": [{"kind", "digest", "allow",
 "mode", "effect": "runs|blocked|logged|unchecked", "rule", "indicator": {"type",
 "value"}, "reason", "roles", "interpreter"}], "origins": [{"release", "product",
-"epoch", "identity", "archive", "package", "version", "kinds", "names"}]}`,
-		Example: `  ringwall policy explain /opt/edged/bin/edged --policy base.yaml --release releases
+"epoch", "identity", "archive", "package", "version", "kinds", "names"}],
+"vouched_by"}; origins are known with --policy, vouched_by from an agent.`,
+		Example: `  ringwall policy explain /usr/bin/ls
+  ringwall policy explain /opt/edged/bin/edged --policy base.yaml --release releases
   ringwall policy explain /usr/bin/python3 --policy base.yaml --package /var/cache/apt/archives --kind exec
   ringwall policy explain sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 --policy base.yaml`,
 		Args: exactly("PATH"),
@@ -66,11 +83,11 @@ JSON: {"path", "sha256", "fsverity", "verdicts": [{"kind", "digest", "allow",
 				}
 				only = integrity.SetOf(k)
 			}
-			compiled, now, err := q.load(c.Context(), e)
+			ask, err := q.asker(c.Context(), e, runDir)
 			if err != nil {
 				return err
 			}
-			out, err := explain(compiled, args[0], only, now)
+			out, err := explain(ask, args[0], only)
 			if err != nil {
 				return err
 			}
@@ -86,6 +103,7 @@ JSON: {"path", "sha256", "fsverity", "verdicts": [{"kind", "digest", "allow",
 		},
 	}
 	q.flags(c)
+	c.Flags().StringVar(&runDir, "run", agent.DefaultRunDir, "the agent's run `DIR`")
 	c.Flags().StringVar(&kind, "kind", "", "ask for this `KIND` of use only, instead of what the file is")
 	complete(c, "kind", kindNames()...)
 	return c
@@ -123,18 +141,8 @@ func judge(c *integrity.Compiled, key integrity.Key, k integrity.Kind, now time.
 	o := c.Object(k, key)
 	v := c.Evaluate(&o, now)
 	out := verdict{
-		Kind: k.String(), Digest: keyText(key), Allow: v.Allow, Mode: v.Mode.String(), Effect: "runs", Rule: v.Rule,
+		Kind: k.String(), Digest: keyText(key), Allow: v.Allow, Mode: v.Mode.String(), Effect: effect(v.Allow, v.Mode.String()), Rule: v.Rule,
 		Indicator: indicatorJSON{v.Indicator.Type, v.Indicator.Value}, Reason: v.Reason, Roles: roleNames(v.Roles), Interpreter: v.Interpreter,
-	}
-	if !v.Allow {
-		switch v.Mode {
-		case integrity.ModeEnforce:
-			out.Effect = "blocked"
-		case integrity.ModeAudit:
-			out.Effect = "logged"
-		default:
-			out.Effect = "unchecked"
-		}
 	}
 	return out, o
 }
@@ -170,8 +178,58 @@ func roleNames(r integrity.Role) []string {
 	return splitWords(r.String())
 }
 
+// asker asks the policy that is named, or the agent when none is.
+func (q *whatIf) asker(ctx context.Context, e *env, runDir string) (asker, error) {
+	if q.policy == "" {
+		if len(q.releases)+len(q.packages)+len(q.supplements) > 0 || q.at != "" || q.archive != "" {
+			return nil, usage(errors.New("--release, --package, --archive, --supplement and --at need --policy"))
+		}
+		return askAgent(ctx, agent.NewClient(runDir)), nil
+	}
+	c, now, err := q.load(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	return func(d integrity.Digest, k integrity.Kind) (answer, error) {
+		v, o := judge(c, integrity.Key{Digest: d}, k, now)
+		return answer{verdict: v, origins: originsOf(&o)}, nil
+	}, nil
+}
+
+func askAgent(ctx context.Context, client *agent.Client) asker {
+	return func(d integrity.Digest, k integrity.Kind) (answer, error) {
+		var got agent.ExplainAnswer
+		err := client.Call(ctx, "explain", agent.ExplainRequest{Kind: k.String(), Digest: d.String()}, &got)
+		if err != nil {
+			if noAgent(err) {
+				err = hint(err, "ask a policy instead: --policy FILE")
+			}
+			return answer{}, err
+		}
+		out := answer{vouched: got.Vouched, verdict: verdict{
+			Kind: k.String(), Digest: keyText(integrity.Key{Digest: d}), Allow: got.Allow, Mode: got.Mode,
+			Effect: effect(got.Allow, got.Mode), Rule: got.Rule, Reason: got.Reason, Roles: []string{},
+		}}
+		out.Indicator.Type, out.Indicator.Value, _ = strings.Cut(got.Indicator, " ")
+		return out, nil
+	}
+}
+
+// effect is what a verdict comes to.
+func effect(allow bool, mode string) string {
+	switch {
+	case allow:
+		return "runs"
+	case mode == integrity.ModeEnforce.String():
+		return "blocked"
+	case mode == integrity.ModeAudit.String():
+		return "logged"
+	}
+	return "unchecked"
+}
+
 // explain asks about a file, or about a digest when no file is called that.
-func explain(c *integrity.Compiled, what string, only integrity.KindSet, now time.Time) (*explanation, error) {
+func explain(ask asker, what string, only integrity.KindSet) (*explanation, error) {
 	out := &explanation{Path: what, Verdicts: []verdict{}, Origins: []originJSON{}}
 	d, notDigest := integrity.ParseDigest(what)
 	if _, err := os.Stat(what); err != nil && notDigest == nil {
@@ -179,8 +237,7 @@ func explain(c *integrity.Compiled, what string, only integrity.KindSet, now tim
 		if only == 0 {
 			only = integrity.Unclassified
 		}
-		out.ask(c, d, only, now)
-		return out, nil
+		return out, out.ask(ask, d, only)
 	}
 	contents, err := measure(oneFile{what}, codesign.Options{AllFiles: true})
 	if err != nil {
@@ -196,20 +253,31 @@ func explain(c *integrity.Compiled, what string, only integrity.KindSet, now tim
 		} else if m.Flags&codesign.FlagData != 0 {
 			kinds = integrity.Unclassified // it says nothing of itself
 		}
-		out.ask(c, m.Digest, kinds, now)
+		if err := out.ask(ask, m.Digest, kinds); err != nil {
+			return nil, err
+		}
 	}
 	return out, nil
 }
 
-func (x *explanation) ask(c *integrity.Compiled, d integrity.Digest, kinds integrity.KindSet, now time.Time) {
-	var o integrity.Object
+func (x *explanation) ask(ask asker, d integrity.Digest, kinds integrity.KindSet) error {
+	var last answer
 	for _, k := range integrity.Kinds() {
-		if kinds.Has(k) {
-			var v verdict
-			v, o = judge(c, integrity.Key{Digest: d}, k, now)
-			x.Verdicts = append(x.Verdicts, v)
+		if !kinds.Has(k) {
+			continue
 		}
+		var err error
+		if last, err = ask(d, k); err != nil {
+			return err
+		}
+		x.Verdicts = append(x.Verdicts, last.verdict)
 	}
+	x.Origins, x.Vouched = append(x.Origins, last.origins...), append(x.Vouched, last.vouched...)
+	return nil
+}
+
+func originsOf(o *integrity.Object) []originJSON {
+	var out []originJSON
 	for _, m := range o.Memberships {
 		j := originJSON{
 			Product: m.Origin.Product, Epoch: m.Origin.Epoch, Identity: m.Origin.Identity,
@@ -218,8 +286,9 @@ func (x *explanation) ask(c *integrity.Compiled, d integrity.Digest, kinds integ
 		if !m.Origin.Release.IsZero() {
 			j.Release = m.Origin.Release.String()
 		}
-		x.Origins = append(x.Origins, j)
+		out = append(out, j)
 	}
+	return out
 }
 
 func (x *explanation) write(w io.Writer) {
@@ -261,5 +330,8 @@ func (x *explanation) write(w io.Writer) {
 			fmt.Fprintf(w, " %s", shown(n))
 		}
 		fmt.Fprintln(w)
+	}
+	for _, v := range x.Vouched {
+		fmt.Fprintf(w, "vouched for by %s\n", v)
 	}
 }

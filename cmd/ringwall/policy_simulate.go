@@ -86,6 +86,7 @@ policy explain, "paths", "count"}], "skipped": {REASON: COUNT}, "unread"}`,
 		},
 	}
 	q.flags(c)
+	require(c, "policy")
 	c.Flags().StringVar(&events, "events", "", "an event log, JSON lines as ringwall events --output json prints them (- for standard input)")
 	c.Flags().IntVar(&limit, "limit", 50, "print at most `N` denials as text; 0 prints all")
 	return c

@@ -30,7 +30,6 @@ func (q *whatIf) flags(c *cobra.Command) {
 	f.StringArrayVar(&q.packages, "package", nil, "a Debian package `FILE`, or a directory of them, taken at its word; repeat")
 	f.StringVar(&q.archive, "archive", "", "the `NAME` of the archive that the packages come from (default: the policy's only one)")
 	f.StringVar(&q.at, "at", "", "ask for this `TIME` instead of now (2031-05-01T12:00:00Z)")
-	require(c, "policy")
 }
 
 // load compiles the policy; the time is the one that is asked about.
