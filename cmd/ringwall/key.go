@@ -349,11 +349,8 @@ func newKeySigstoreRootCommand(e *env) *cobra.Command {
 know nothing of purposes: never join the files of two purposes into one.
 
 The output is JSON in either output format.`,
-		Example: `  ringwall key sigstore-root keys --purpose build > trusted_root.json
-  cosign verify-blob-attestation --bundle edged_4.7.0.release.json --trusted-root trusted_root.json \
-    --use-signed-timestamps --insecure-ignore-tlog --certificate-oidc-issuer-regexp '.*' \
-    --certificate-identity spiffe://example-fleet.internal/build/main --type urn:ringwall:release:v1 edged_4.7.0.cat`,
-		Args: exactly("DIR"),
+		Example: "  ringwall key sigstore-root keys --purpose build > trusted_root.json",
+		Args:    exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			p, err := parsePurpose(purpose)
 			if err != nil {
