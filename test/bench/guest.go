@@ -18,10 +18,10 @@ import (
 
 // plan says what a guest measures. It is given in the environment.
 type plan struct {
-	rounds    int // of the small things in each stretch, the first not counted
-	real      int // of the real workloads, likewise
-	only      []string
-	fapolicyd bool
+	rounds  int      // of the small things in each stretch, the first not counted
+	real    int      // of the real workloads, likewise
+	only    []string // workloads; empty: all
+	configs []string // beside the baseline; empty: all
 }
 
 // bench measures in a guest.
@@ -63,16 +63,25 @@ func (b *bench) run(ctx context.Context) error {
 	if err := b.setUp(); err != nil {
 		return fmt.Errorf("set up: %w", err)
 	}
-	steps := []func(context.Context) error{b.baseline, b.scoped, b.baseline, b.wholeHost, b.baseline}
-	if b.fapolicyd {
-		steps = append(steps, b.peer, b.baseline)
-	}
-	for _, s := range steps {
-		if err := s(ctx); err != nil {
+	for _, protect := range []struct {
+		configs []string
+		measure func(context.Context) error
+	}{{[]string{cfgAttached, cfgScope}, b.scoped}, {[]string{cfgHost}, b.wholeHost}, {[]string{cfgFapolicyd, cfgSHA256}, b.peer}} {
+		if !slices.ContainsFunc(protect.configs, b.wanted) {
+			continue
+		}
+		if err := b.baseline(ctx); err != nil {
+			return err
+		}
+		if err := protect.measure(ctx); err != nil {
 			return err
 		}
 	}
-	return nil
+	return b.baseline(ctx)
+}
+
+func (b *bench) wanted(config string) bool {
+	return len(b.configs) == 0 || slices.Contains(b.configs, config)
 }
 
 func (b *bench) setUp() error {
@@ -122,7 +131,7 @@ func (b *bench) measure(ctx context.Context, places ...place) error {
 	}
 	for round := range max(b.rounds, b.real) {
 		for _, w := range b.list {
-			if limit := b.rounds; w.kind == kindReal && round >= b.real || w.kind != kindReal && round >= limit {
+			if w.kind == kindReal && round >= b.real || w.kind != kindReal && round >= b.rounds {
 				continue
 			}
 			for _, p := range places {
@@ -159,7 +168,13 @@ func (b *bench) scoped(ctx context.Context) error {
 		return err
 	}
 	b.say("attached and in scope")
-	if err := b.measure(ctx, place{cfgAttached, b.off}, place{cfgScope, b.in}); err != nil {
+	var places []place
+	for _, p := range []place{{cfgAttached, b.off}, {cfgScope, b.in}} {
+		if b.wanted(p.config) {
+			places = append(places, p)
+		}
+	}
+	if err := b.measure(ctx, places...); err != nil {
 		return err
 	}
 	if err := b.cold(ctx); err != nil {
@@ -241,7 +256,7 @@ func (b *bench) cold(ctx context.Context) error {
 func (b *bench) large(ctx context.Context, a *agent) error {
 	for _, n := range largeReleases() {
 		start := time.Now()
-		if err := quiet(ctx, ringwall, "host", "add-release", payload+"/"+n+".release.json"); err != nil {
+		if err := quiet(ctx, ringwall, "host", "add-release", payload+"/"+largeName(n)+".release.json"); err != nil {
 			return err
 		}
 		v, err := kibibytes(a.cmd.Process.Pid, "VmRSS")
@@ -249,8 +264,8 @@ func (b *bench) large(ctx context.Context, a *agent) error {
 			return err
 		}
 		if err := errors.Join(
-			b.fact("agent: release of "+n+" digests, until in force", float64(time.Since(start)), "instructions"),
-			b.fact("agent: VmRSS after it", v/1024, "MiB"),
+			b.fact(fmt.Sprintf("agent: release of %d digests, until in force", n), float64(time.Since(start)), "instructions"),
+			b.fact(fmt.Sprintf("agent: VmRSS with %d digests more", n), v/1024, "MiB"),
 		); err != nil {
 			return err
 		}
@@ -264,6 +279,9 @@ func (b *bench) peer(ctx context.Context) error {
 		return fmt.Errorf("install fapolicyd: %w", err)
 	}
 	for _, x := range []struct{ config, integrity string }{{cfgFapolicyd, "none"}, {cfgSHA256, "sha256"}} {
+		if !b.wanted(x.config) {
+			continue
+		}
 		b.say("fapolicyd, integrity = %s", x.integrity)
 		pid, err := startFapolicyd(ctx, x.integrity)
 		if err != nil {

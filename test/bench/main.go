@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -38,7 +39,7 @@ type options struct {
 	margin                 float64
 	limit                  time.Duration
 	plan                   plan
-	parts                  string
+	parts, work            string
 }
 
 func run(ctx context.Context, args []string, out, log io.Writer) error {
@@ -53,14 +54,19 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 	f.DurationVar(&o.limit, "limit", time.Hour, "time for each guest")
 	f.IntVar(&o.plan.rounds, "rounds", 4, "rounds of small things in each stretch, the first not counted")
 	f.IntVar(&o.plan.real, "real", 3, "rounds of real workloads in each stretch, the first not counted")
-	f.BoolVar(&o.plan.fapolicyd, "fapolicyd", true, "measure fapolicyd too")
 	f.StringVar(&o.parts, "parts", "costs,tables,swaps", "which guests to run")
+	f.StringVar(&o.work, "work", "", "keep what the guests are given in this directory, and use what is there already")
 	only := f.String("only", "", "workloads to measure, with commas; default: all")
+	cfgs := f.String("configs", "", "configurations beside the baseline, with commas; default: all")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
-	if *only != "" {
-		o.plan.only = strings.Split(*only, ",")
+	var err error
+	if o.plan.only, err = choose(*only, names(workloads())); err != nil {
+		return err
+	}
+	if o.plan.configs, err = choose(*cfgs, configs()); err != nil {
+		return err
 	}
 	switch *role {
 	case "":
@@ -73,6 +79,20 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 		return swaps(ctx, out)
 	}
 	return fmt.Errorf("-role %s: %w", *role, errs.Invalid)
+}
+
+// choose reads a list of names, which must be among those that there are.
+func choose(list string, among []string) ([]string, error) {
+	if list == "" {
+		return nil, nil
+	}
+	chosen := strings.Split(list, ",")
+	for _, c := range chosen {
+		if !slices.Contains(among, c) {
+			return nil, fmt.Errorf("%q is not one of %s: %w", c, strings.Join(among, ", "), errs.Invalid)
+		}
+	}
+	return chosen, nil
 }
 
 // measure runs the guests and reports.
@@ -119,14 +139,19 @@ func runGuests(ctx context.Context, o options, c *collector, log io.Writer) (vm.
 	if k.Name == "" {
 		return k, fmt.Errorf("-kernel %s: want 6.1 or 6.12: %w", o.kernel, errs.Invalid)
 	}
-	dir, err := os.MkdirTemp("", "ringwall-bench-")
-	if err != nil {
-		return k, err
+	dir, err := o.work, error(nil)
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "ringwall-bench-"); err != nil {
+			return k, err
+		}
+		defer os.RemoveAll(dir)
 	}
-	defer os.RemoveAll(dir)
 	p := &preparer{ringwall: o.ringwall, dir: filepath.Join(dir, "payload"), out: log}
 	if p.ringwall == "" {
 		p.ringwall = filepath.Join(dir, "ringwall")
+		if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // nothing secret that lasts
+			return k, err
+		}
 		if said, err := exec.CommandContext(ctx, "./build", p.ringwall).CombinedOutput(); err != nil {
 			return k, fmt.Errorf("build ringwall (run this at the root of the source tree): %w: %s", err, said)
 		}
@@ -166,16 +191,15 @@ func costs(ctx context.Context, o options, k vm.Kernel, kernels []vm.Kernel, p *
 	if err != nil {
 		return vm.Result{}, err
 	}
-	fmt.Fprintln(p.out, "signing the build and the packages' trust")
 	if err := p.states(ctx, image); err != nil {
 		return vm.Result{}, fmt.Errorf("prepare the host's state: %w", err)
 	}
-	for name, n := range map[string]int{"100k": 100_000, "1M": 1_000_000} {
-		if err := p.release(name, n); err != nil {
-			return vm.Result{}, fmt.Errorf("release of %s digests: %w", name, err)
+	for _, n := range largeReleases() {
+		if err := p.release(n); err != nil {
+			return vm.Result{}, fmt.Errorf("release of %d digests: %w", n, err)
 		}
 	}
-	args := fmt.Sprintf("-rounds=%d -real=%d -fapolicyd=%v -only=%s", o.plan.rounds, o.plan.real, o.plan.fapolicyd, strings.Join(o.plan.only, ","))
+	args := fmt.Sprintf("-rounds=%d -real=%d -only=%s -configs=%s", o.plan.rounds, o.plan.real, strings.Join(o.plan.only, ","), strings.Join(o.plan.configs, ","))
 	return vm.RunDebian(ctx, vm.DebianGuest{
 		Image: image, Kernel: k, Payload: p.dir, Output: out, Machine: vm.Machine{MemMiB: 3072, ICount: true},
 		Script: "#!/bin/sh\nexec " + buildDir + "/bench -role costs " + args + "\n",

@@ -211,10 +211,13 @@ func (c *collector) Write(p []byte) (int, error) {
 }
 
 func (c *collector) take() error {
+	// results too: they are what is left of a run that fails later
+	if _, err := c.to.Write(c.line); err != nil {
+		return err
+	}
 	rest, ok := strings.CutPrefix(string(c.line), mark)
 	if !ok {
-		_, err := c.to.Write(c.line)
-		return err
+		return nil
 	}
 	var m message
 	if err := json.Unmarshal([]byte(rest), &m); err != nil {

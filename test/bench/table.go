@@ -22,8 +22,10 @@ import (
 	"ringwall/internal/integrity"
 )
 
-// largeReleases are names of prepared releases, small to large.
-func largeReleases() []string { return []string{"100k", "1M"} }
+// largeReleases are sizes of prepared releases, small to large.
+func largeReleases() []int { return []int{100_000, 1_000_000} }
+
+func largeName(n int) string { return fmt.Sprintf("digests-%d", n) }
 
 // engine is the kernel part alone, without an agent, confined to a cgroup.
 type engine struct {

@@ -54,18 +54,26 @@ func workloads() []workload {
 		return append([]string{buildDir + "/micro", what, strconv.Itoa(n)}, arg...)
 	}
 	return []workload{
-		{name: "exec-static", about: "vfork, exec of a static program of 9 KiB, wait", kind: kindExec, ops: 400, argv: micro("exec", 400, tiny), printed: true},
-		{name: "exec-dynamic", about: "vfork, exec of /bin/true with its libraries, wait", kind: kindExec, ops: 150, argv: micro("exec", 150, "/bin/true"), printed: true},
-		{name: "open", about: "open, read 4 KiB, close: a file that is not code", kind: kindOpen, ops: 10000, argv: micro("open", 10000, dataFile), printed: true},
-		{name: "open-python", about: "the same by python3, an interpreter", ops: 4000, argv: []string{"/usr/bin/python3", buildDir + "/opens.py", dataFile, "4000"}, printed: true},
-		{name: "open-sh", about: "read line <file by sh, an interpreter", ops: 2000, argv: []string{"/bin/sh", buildDir + "/opens.sh", dataFile, "2000"}},
-		{name: "mmap", about: "mmap of 64 KiB of libc.so.6 as code, munmap", ops: 4000, argv: micro("map", 4000, library), printed: true},
-		{name: "fork", about: "fork, exit, wait", ops: 300, argv: micro("fork", 300), printed: true},
+		{name: "exec-static", about: "vfork, exec of a static program of 9 KiB, wait", kind: kindExec, ops: 250, argv: micro("exec", 250, tiny), printed: true},
+		{name: "exec-dynamic", about: "vfork, exec of /bin/true with its libraries, wait", kind: kindExec, ops: 80, argv: micro("exec", 80, "/bin/true"), printed: true},
+		{name: "open", about: "open, read 4 KiB, close: a file that is not code", kind: kindOpen, ops: 5000, argv: micro("open", 5000, dataFile), printed: true},
+		{name: "open-python", about: "the same by python3, an interpreter", ops: 1500, argv: []string{"/usr/bin/python3", buildDir + "/opens.py", dataFile, "1500"}, printed: true},
+		{name: "open-sh", about: "read line <file by sh, an interpreter", ops: 1000, argv: []string{"/bin/sh", buildDir + "/opens.sh", dataFile, "1000"}},
+		{name: "mmap", about: "mmap of 64 KiB of libc.so.6 as code, munmap", ops: 2000, argv: micro("map", 2000, library), printed: true},
+		{name: "fork", about: "fork, exit, wait", ops: 200, argv: micro("fork", 200), printed: true},
 		{name: "make", about: "make of a C project of 8 files (gcc, as, ld)", kind: kindReal, ops: 1, prepare: writeCProject, argv: []string{"/usr/bin/make", "-s", "-C", cProject}},
 		{name: "go-build", about: "go build of a module of 3 packages, standard library compiled", kind: kindReal, ops: 1, prepare: writeGoModule, argv: []string{"/usr/bin/go", "build", "-o", goModule + "/prog", "./cmd"}},
 		{name: "commands", about: "sh running 2,000 short commands (coreutils)", kind: kindReal, ops: 1, argv: []string{"/bin/sh", buildDir + "/commands.sh"}},
 		{name: "imports", about: "python3 importing 13 modules of its library", kind: kindReal, ops: 1, argv: []string{"/usr/bin/python3", buildDir + "/imports.py"}},
 	}
+}
+
+func names(list []workload) []string {
+	var out []string
+	for _, w := range list {
+		out = append(out, w.name)
+	}
+	return out
 }
 
 // run does the work once, n times so far, in a cgroup, and returns the
