@@ -185,6 +185,10 @@ func (a *attempt) putBack() {
 		return
 	}
 	_ = os.WriteFile("/proc/sys/kernel/ftrace_enabled", []byte("1"), 0)
+	// masking a unit is systemd's business and works while the agent goes on
+	if to, err := os.Readlink("/run/systemd/system/" + a.AgentUnit); err == nil && to == os.DevNull {
+		_ = a.run("systemctl", "unmask", "--runtime", a.AgentUnit)
+	}
 	if pid := findAgent("/proc"); pid != 0 {
 		a.AgentPID = pid
 		_ = syscall.Kill(pid, syscall.SIGCONT)
@@ -193,7 +197,6 @@ func (a *attempt) putBack() {
 		_ = a.agentCgroup("pids.max", "max")
 		return
 	}
-	_ = a.run("systemctl", "unmask", "--runtime", a.AgentUnit)
 	_ = a.run("systemctl", "reset-failed", a.AgentUnit)
 	_ = a.run("systemctl", "start", a.AgentUnit)
 }
@@ -222,9 +225,26 @@ func moveAndFreeze(a *attempt) error {
 	if err := os.Mkdir(box, 0o755); err != nil {
 		return err
 	}
-	defer os.Remove(box)
-	err := os.WriteFile(box+"/cgroup.procs", []byte(strconv.Itoa(a.AgentPID)), 0)
-	return errors.Join(err, os.WriteFile(box+"/cgroup.freeze", []byte("1"), 0))
+	raw, err := os.ReadFile(a.agentProc("cgroup"))
+	if err != nil {
+		return err
+	}
+	_, own, _ := strings.Cut(strings.TrimSpace(string(raw)), "0::")
+	pid := []byte(strconv.Itoa(a.AgentPID))
+	defer func() {
+		_ = os.WriteFile(box+"/cgroup.freeze", []byte("0"), 0)
+		_ = os.WriteFile(filepath.Join("/sys/fs/cgroup", own, "cgroup.procs"), pid, 0)
+		_ = os.Remove(box)
+	}()
+	err = os.WriteFile(box+"/cgroup.procs", pid, 0)
+	if err := errors.Join(err, os.WriteFile(box+"/cgroup.freeze", []byte("1"), 0)); err != nil {
+		return err
+	}
+	p, err := a.program("frozen")
+	if err != nil {
+		return err
+	}
+	return exec.Command(p).Run()
 }
 
 // freezeAbove freezes the slice that the agent's unit is in, having left it first.

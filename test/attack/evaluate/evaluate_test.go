@@ -133,6 +133,9 @@ func TestSummarise(t *testing.T) {
 	if err != nil || !strings.Contains(strings.Join(strings.Fields(out.String()), " "), "all 1 2 0 0") {
 		t.Errorf("%v\n%s", err, out.String())
 	}
+	if !strings.Contains(out.String(), "ran: 1 of 1") {
+		t.Errorf("attacks on the agent are not counted:\n%s", out.String())
+	}
 	if err := summarise(&out, []result{{ID: "a", As: "root", Outcome: broken}}); err == nil {
 		t.Error("an attempt that could not be made is no error")
 	}

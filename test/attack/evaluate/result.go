@@ -94,7 +94,14 @@ type tally struct{ ran, tried int }
 func summarise(out io.Writer, results []result) error {
 	groups, total := map[int]map[string]*tally{}, map[string]*tally{"root": {}, "user": {}}
 	var wrong []string
+	var agent tally
 	for _, r := range results {
+		if r.Agent && (r.Outcome == ran || r.Outcome == stopped) {
+			agent.tried++
+			if r.Outcome == ran {
+				agent.ran++
+			}
+		}
 		if r.Outcome == broken {
 			wrong = append(wrong, r.key()+": "+r.Error)
 		}
@@ -120,6 +127,7 @@ func summarise(out io.Writer, results []result) error {
 		fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%d\n", g, r.ran, r.tried, u.ran, u.tried)
 	}
 	fmt.Fprintf(w, "all\t%d\t%d\t%d\t%d\n", total["root"].ran, total["root"].tried, total["user"].ran, total["user"].tried)
+	fmt.Fprintf(w, "attacks on Ringwall itself after which an unlisted program ran: %d of %d\n", agent.ran, agent.tried)
 	if err := w.Flush(); err != nil {
 		return err
 	}
