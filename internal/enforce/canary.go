@@ -107,7 +107,7 @@ func (e *Engine) canary(ctx context.Context) (integrity.Mode, error) {
 	if mode == integrity.ModeOff {
 		return 0, fmt.Errorf("no policy for programs is in force: %w", errs.Conflict)
 	}
-	refuses := mode == integrity.ModeEnforce && st.RelaxedUntil == 0
+	refuses := mode == integrity.ModeEnforce && st.RelaxedUntil == 0 // else it runs, up to its first mapping where libraries are enforced
 	dir, err := e.canaryDir()
 	if err != nil {
 		return 0, err
@@ -142,7 +142,7 @@ func (e *Engine) canary(ctx context.Context) (integrity.Mode, error) {
 		return 0, fmt.Errorf("an unlisted program ran: nothing is enforced: %w", errs.Conflict)
 	case refuses && (!errors.Is(err, unix.EPERM) || after.Refused == before.Refused):
 		return 0, fmt.Errorf("an unlisted program failed, but was not refused by policy: %w: %w", err, errs.Conflict)
-	case !refuses && err != nil:
+	case !refuses && err != nil && st.Modes[integrity.KindLibrary] != integrity.ModeEnforce:
 		return 0, fmt.Errorf("an unlisted program does not run although it is only audited: %w: %w", err, errs.Conflict)
 	case !refuses && after.Audited == before.Audited:
 		return 0, fmt.Errorf("an unlisted program ran and was not noticed: %w", errs.Conflict)

@@ -159,7 +159,6 @@ type engineScratch struct {
 	Key    engineDataPath
 	Verity [68]uint8
 	Pad    [4]uint8
-	Zero   uint64
 }
 
 type engineSteering struct {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -90,6 +91,30 @@ func playRole(role string) int {
 		return sigioRole()
 	case "inspect":
 		return inspectRole()
+	case "memory":
+		return code(memoryRole(args[0]))
+	case "personality", "personality-query":
+		persona := uintptr(0xffffffff)
+		if role == "personality" {
+			persona = 0x0400000
+		}
+		if _, _, e := syscall.RawSyscall(unix.SYS_PERSONALITY, persona, 0, 0); e != 0 {
+			return 1
+		}
+		return 0
+	case "ring", "ring-async":
+		return code(ringOpen(args[len(args)-1], role == "ring-async"))
+	case "flood":
+		n, _ := strconv.Atoi(args[0])
+		return flood(n)
+	case "finit-module":
+		f, err := os.Open(args[0])
+		if err != nil {
+			return 10
+		}
+		return code(unix.FinitModule(int(f.Fd()), "", 0))
+	case "agent":
+		return agentRole()
 	case "nothing":
 		return 0
 	case "read-absolute":

@@ -49,6 +49,7 @@ type lab struct {
 	cgroup string
 	table  integrity.Table
 	events chan Event
+	pause  *sync.Mutex // held: events are not read
 }
 
 // testPins is where it is pinned.
@@ -57,7 +58,7 @@ const testPins = "/run/ringwall-test/bpf"
 // sharedEngine opens the engine that most tests use; it stays until the test
 // program ends.
 var sharedEngine = sync.OnceValues(func() (*lab, error) {
-	l := &lab{cgroup: "/sys/fs/cgroup/rw-lab", events: make(chan Event, 1<<14)}
+	l := &lab{cgroup: "/sys/fs/cgroup/rw-lab", events: make(chan Event, 1<<14), pause: &sync.Mutex{}}
 	if err := os.Mkdir(l.cgroup, 0o755); err != nil {
 		return nil, err
 	}
@@ -81,6 +82,8 @@ var sharedEngine = sync.OnceValues(func() (*lab, error) {
 	l.e = e
 	go func() {
 		_ = e.Events(context.Background(), func(ev Event) {
+			l.pause.Lock()
+			defer l.pause.Unlock()
 			select {
 			case l.events <- ev:
 			default: // nobody looks at them
@@ -97,7 +100,7 @@ func newLab(t *testing.T) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &lab{t: t, e: shared.e, dir: t.TempDir(), cgroup: shared.cgroup, events: shared.events, table: strictTable()}
+	l := &lab{t: t, e: shared.e, dir: t.TempDir(), cgroup: shared.cgroup, events: shared.events, pause: shared.pause, table: strictTable()}
 	l.allow(l.read("/proc/self/exe"), 0, 0)
 	l.apply()
 	l.drain()

@@ -52,43 +52,51 @@ static __always_inline bool begins(const struct option16 *o, const char *arg, __
 	return !((w[0] ^ o->word[0]) & low) && !((w[1] ^ o->word[1]) & high);
 }
 
-/* FNV-1a. Names are compared, not defended: a false match only checks one file more. */
-#define FNV_START 0xcbf29ce484222325
-#define FNV_PRIME 0x100000001b3
-
 /*
- * Hash and length of what follows the last slash. Without a branch on the
- * slash, and with a zero that it does not know, the verifier has one path to
- * follow instead of one for each set of slashes.
+ * Names are hashed by words, from a zeroed buffer, without a branch: a loop
+ * over bytes would cost the verifier one path for each length. They are
+ * compared, not defended: a false match only checks one file more.
  */
-static __always_inline void name_tail(const char *name, __u64 zero, __u64 *hash, __u32 *len)
+static __always_inline __u64 hash_name(const char *name)
 {
-	__u64 h = FNV_START ^ zero, n = zero;
-	for (int i = 0; i < PATH_LEN; i++) {
-		__u8 ch = name[i];
-		if (!ch)
-			break;
-		__u64 goes_on = ch ^ '/';
-		goes_on = (__s64)-goes_on >> 63; /* all ones, or 0 at a slash */
-		barrier_var(goes_on);
-		h = ((h ^ ch) * FNV_PRIME & goes_on) | (FNV_START & ~goes_on);
-		n = (n + 1) & goes_on;
-	}
-	*hash = h;
-	*len = n;
+	const __u64 *w = (const void *)name;
+	__u64 h = 0xcbf29ce484222325; /* FNV-1a */
+#pragma nounroll
+	for (int i = 0; i < PATH_LEN / 8; i++)
+		h = (h ^ w[i]) * 0x100000001b3;
+	return h;
 }
 
-static __always_inline __u64 hash_bytes(const char *name, __u32 at, __u32 len)
+#define EACH_BYTE 0x0101010101010101ULL
+
+/* Offset of what follows the last slash in a zeroed buffer; 0 without a slash. */
+static __always_inline __u32 tail_of(const char *name)
 {
-	__u64 h = FNV_START;
-	for (__u32 i = 0; i < PATH_LEN - 1; i++) {
-		if (i >= len)
-			break;
-		__u64 from = at + i;
-		barrier_var(from); /* or the compiler drops the mask that the verifier needs */
-		h = (h ^ (__u8)name[from & (PATH_LEN - 1)]) * FNV_PRIME;
+	const __u64 *w = (const void *)name;
+	__u64 found = 0, at = 0;
+#pragma nounroll
+	for (int i = 0; i < PATH_LEN / 8; i++) {
+		__u64 v = w[i] ^ ('/' * EACH_BYTE);
+		/* 0x80 in each byte that was a slash */
+		__u64 here = ~(((v & 0x7f * EACH_BYTE) + 0x7f * EACH_BYTE) | v | 0x7f * EACH_BYTE);
+		__u64 any = -((here | -here) >> 63);
+		barrier_var(any); /* arithmetic, not a branch */
+		found = (here & any) | (found & ~any);
+		at = (i * 8 & any) | (at & ~any);
 	}
-	return h;
+	if (!found)
+		return 0;
+	if (found >> 32) {
+		found >>= 32;
+		at += 4;
+	}
+	if (found >> 16) {
+		found >>= 16;
+		at += 2;
+	}
+	if (found >> 8)
+		at += 1;
+	return at + 1;
 }
 
 /* The rule in force. A slot keeps its interpreter across policies, so that running processes keep theirs. */
@@ -102,16 +110,31 @@ static __always_inline struct interpreter *rule_of(__u32 slot)
 	return bpf_map_lookup_elem(&interpreters, &slot);
 }
 
-static __always_inline long names_script(struct scan *s, const char *arg, __u64 zero, __u32 source)
+/*
+ * The functions that are not static are verified once and by themselves, and
+ * not again for each path that leads to them: hence their tests for NULL.
+ */
+
+/* The argument at address is the script's name, or stands in its place. Returns 1 to stop. */
+__attribute__((noinline)) long names_script(struct scan *s, struct scratch *x, __u64 address, __u32 source)
 {
-	name_tail(arg, zero, &s->hash, &s->len);
-	s->source = source;
+	if (!s || !x)
+		return 1;
+	__u32 at = tail_of(x->name);
+	__builtin_memset(x->path, 0, sizeof(x->path));
+	long n = bpf_probe_read_user_str(x->path, sizeof(x->path), (void *)(address + at));
+	s->hash = hash_name(x->path);
+	s->len = n > 0 ? n - 1 : 0;
+	s->source = n > 0 ? source : UNREADABLE;
 	return 1;
 }
 
 /* A cluster of short options, like -xc. Returns 1 to stop. */
-static __always_inline long scan_letters(struct scan *s, const struct interpreter *rule, const char *a)
+__attribute__((noinline)) long scan_letters(struct scan *s, struct interpreter *rule, struct scratch *x)
 {
+	if (!s || !rule || !x)
+		return 1;
+	const char *a = x->name;
 #pragma unroll
 	for (int j = 1; j <= MAX_LETTERS; j++) {
 		char ch = a[j];
@@ -136,8 +159,12 @@ static __always_inline long scan_letters(struct scan *s, const struct interprete
 	return 1;
 }
 
-static __always_inline long scan_long(struct scan *s, const struct interpreter *rule, const char *a)
+/* A long option. Returns 1 to stop. */
+__attribute__((noinline)) long scan_long(struct scan *s, struct interpreter *rule, struct scratch *x)
 {
+	if (!s || !rule || !x)
+		return 1;
+	const char *a = x->name;
 	__u64 n = option_length(a);
 #pragma unroll
 	for (int j = 0; j < LONG_OPTIONS; j++) {
@@ -172,6 +199,7 @@ static long scan_argument(__u64 i, struct scan *s)
 		s->source = UNREADABLE;
 		return 1;
 	}
+	__u64 address = s->next;
 	s->next += n;
 	bool cut = n == sizeof(x->name), skip = s->skip || s->more;
 	if (cut) {
@@ -193,22 +221,22 @@ static long scan_argument(__u64 i, struct scan *s)
 		return 0;
 	}
 	const char *a = x->name;
-	if (s->done || (a[0] != '-' && (a[0] != '+' || !rule->shell || !a[1])))
-		return s->stdin_forced || names_script(s, a, x->zero, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT);
-	if (a[0] == '-' && !a[1]) {
+	long stop = 0;
+	if (s->done || (a[0] != '-' && (a[0] != '+' || !rule->shell || !a[1]))) {
+		stop = s->stdin_forced || names_script(s, x, address, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT);
+	} else if (a[0] == '-' && !a[1]) {
 		if (!rule->shell || s->stdin_forced)
-			return names_script(s, a, x->zero, FROM_STDIN);
+			stop = names_script(s, x, address, FROM_STDIN);
 		s->done = true; /* a shell takes it for "--" */
-		return 0;
+	} else if (a[0] == '-' && a[1] == '-' && !a[2]) {
+		s->done = true;
+	} else if (a[0] == '-' && a[1] == '-') {
+		stop = scan_long(s, rule, x);
+	} else {
+		stop = scan_letters(s, rule, x);
 	}
-	if (a[0] == '-' && a[1] == '-') {
-		if (!a[2]) {
-			s->done = true;
-			return 0;
-		}
-		return scan_long(s, rule, a);
-	}
-	return scan_letters(s, rule, a);
+	barrier_var(stop);
+	return stop ? 1 : 0; /* in so many words, for the verifier */
 }
 
 static __always_inline __u8 form_of(__u32 mode, __u32 device)
@@ -402,56 +430,74 @@ static __always_inline bool has_suffix(const struct interpreter *rule, const str
 	return false;
 }
 
-/* The name that the caller gave to open(2), into scratch. Returns its length with the NUL, 0 if unknown. */
-static __always_inline long asked_name(struct task_struct *t, struct scratch *x)
+/* The name that the caller gave to open(2), also into scratch. n is its length with the NUL, 0 if unknown. */
+static __always_inline const char *asked_name(struct task_struct *t, struct scratch *x, long *n)
 {
-	__builtin_memset(x->name, 0, sizeof(x->name));
 	struct nameidata *nd = t->nameidata;
 	const char *name = nd ? BPF_CORE_READ(nd, name, name) : NULL;
-	long n = name ? bpf_probe_read_kernel_str(x->name, sizeof(x->name), name) : 0;
-	return n > 0 ? n : 0;
+	x->name[0] = 0;
+	*n = name ? bpf_probe_read_kernel_str(x->name, sizeof(x->name), name) : 0;
+	return name;
+}
+
+struct prefix { struct scratch *x; bool found; };
+
+/* One more byte of the path into the key; bpf_loop's callback. Returns 1 to stop. */
+static long look_up_prefix(__u64 i, struct prefix *p)
+{
+	struct scratch *x = p->x;
+	if (i >= DATA_PATH_LEN - 1)
+		return 1;
+	char ch = x->path[i];
+	if (ch)
+		x->key.path[i] = ch;
+	if ((ch == '/' || !ch) && bpf_map_lookup_elem(&data_paths, &x->key))
+		p->found = true;
+	return !ch || p->found;
 }
 
 /* Looks up every directory that the file lies below, and its own path. */
 static __always_inline bool is_data(struct scratch *x, struct file *f, __u32 slot)
 {
-	struct data_path *k = &x->key;
-	__builtin_memset(k, 0, sizeof(*k));
-	k->generation = slot >= INTERPRETERS;
-	k->interpreter = slot & (INTERPRETERS - 1);
+	struct prefix p = { .x = x };
+	__builtin_memset(&x->key, 0, sizeof(x->key));
+	x->key.generation = slot >= INTERPRETERS;
+	x->key.interpreter = slot & (INTERPRETERS - 1);
 	if (bpf_d_path(&f->f_path, x->path, sizeof(x->path)) <= 1)
 		return false;
-	for (int i = 0; i < DATA_PATH_LEN - 1; i++) {
-		char ch = x->path[i];
-		if (!ch)
-			return bpf_map_lookup_elem(&data_paths, k);
-		k->path[i] = ch;
-		if (ch == '/' && bpf_map_lookup_elem(&data_paths, k))
-			return true;
-	}
-	return false;
+	bpf_loop(DATA_PATH_LEN, look_up_prefix, &p, 0);
+	return p.found;
+}
+
+/* The last component of the name of total bytes at address has this length and hash. */
+__attribute__((noinline)) long ends_with(struct scratch *x, __u64 address, __u32 total, __u32 len, __u64 hash)
+{
+	char before = '/';
+	if (!x || !len || total < len)
+		return 0;
+	address += total - len;
+	if (total > len)
+		bpf_probe_read_kernel(&before, 1, (void *)(address - 1));
+	if (before != '/')
+		return 0;
+	__builtin_memset(x->path, 0, sizeof(x->path));
+	bpf_probe_read_kernel_str(x->path, sizeof(x->path), (void *)address);
+	return hash_name(x->path) == hash;
 }
 
 /*
  * The script of the command line: by the last component of the name asked for
  * or of the file's own, because interpreters make relative names absolute.
  */
-static __always_inline bool is_named(struct scratch *x, const struct task *info, struct file *f, long asked)
+static __always_inline bool is_named(struct scratch *x, const struct task *info, struct file *f, const char *asked, long n)
 {
-	__u32 len = info->script_len, total = asked > 0 ? asked - 1 : 0;
-	if (!len || len >= PATH_LEN)
-		return false;
-	if (total >= len) {
-		__u64 at = total - len, before = at - 1;
-		barrier_var(before);
-		if ((!at || x->name[before & (PATH_LEN - 1)] == '/') && hash_bytes(x->name, at, len) == info->script_hash)
-			return true;
-	}
 	struct dentry *d = f->f_path.dentry;
-	if (d->d_name.len != len)
+	__u32 len = info->script_len;
+	if (!len)
 		return false;
-	bpf_probe_read_kernel(x->path, len & (PATH_LEN - 1), d->d_name.name);
-	return hash_bytes(x->path, 0, len) == info->script_hash;
+	if (n > 1 && ends_with(x, (__u64)asked, n - 1, len, info->script_hash))
+		return true;
+	return d->d_name.len == len && ends_with(x, (__u64)d->d_name.name, len, len, info->script_hash);
 }
 
 /* A pipe, terminal or socket in the place of the script is standard input by another name. */
@@ -477,7 +523,9 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 	__u8 mode = s->modes[K_SCRIPT];
 	if (!rule || !x)
 		return mode == M_ENFORCE ? -EPERM : 0;
-	bool named = is_named(x, info, f, asked_name(t, x));
+	long n;
+	const char *asked = asked_name(t, x, &n);
+	bool named = is_named(x, info, f, asked, n);
 	if ((f->f_inode->i_mode & S_IFMT) != S_IFREG)
 		return named && !(info->roles & R_PACKAGES) ? judge_stream(c, s, info, rule, x, f) : 0;
 	bool code = named || (rule->reads != READS_ANY && has_suffix(rule, f->f_path.dentry));

@@ -32,7 +32,6 @@ struct scratch {
 	struct data_path key;
 	__u8 verity[68];
 	__u8 pad[4];
-	__u64 zero; /* always 0; the verifier does not know that */
 };
 
 struct { __uint(type, BPF_MAP_TYPE_INODE_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct identity); } identities SEC(".maps");
