@@ -28,6 +28,7 @@ func (d *hostDirs) flags(c *cobra.Command) {
 // word, so that no other command can touch what is guarded.
 func newAgentCommand(e *env) *cobra.Command {
 	var d hostDirs
+	var early bool
 	c := &cobra.Command{
 		Use: "agent", GroupID: groupHost, Short: "Enforce this host's policy (run by systemd)",
 		Long: `Put this host's confirmed policy into the kernel, prove with a canary that it
@@ -46,10 +47,14 @@ one takes over without a gap. ` + "`ringwall host install`" + ` makes a systemd 
 			if err != nil {
 				return err
 			}
+			if early {
+				return a.Early(c.Context())
+			}
 			return a.Run(c.Context())
 		},
 	}
 	d.flags(c)
+	c.Flags().BoolVar(&early, "early", false, "put the policy into the kernel and end (for the initramfs)")
 	return c
 }
 

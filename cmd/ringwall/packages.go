@@ -46,13 +46,16 @@ To adopt what is installed already, fetch the same versions first:
 
 func newPackagesTrustCommand(e *env) *cobra.Command {
 	var d hostDirs
-	var apt bool
+	var apt, aptDone bool
 	c := &cobra.Command{
 		Use: "trust [FILE…]", Short: "What apt calls before it unpacks packages",
 		Long: `With --apt, read what apt says to a DPkg::Pre-Install-Pkgs command and trust the
 package files that it names. A package that does not verify stops apt: nothing
 of it was unpacked yet. A host without an agent is left alone.`,
 		RunE: func(c *cobra.Command, args []string) error {
+			if aptDone {
+				return settlePackages(c.Context(), e, d)
+			}
 			files := args
 			if apt {
 				debs, err := host.ParseAptHook(e.stdin)
@@ -76,6 +79,7 @@ of it was unpacked yet. A host without an agent is left alone.`,
 	}
 	d.flags(c)
 	c.Flags().BoolVar(&apt, "apt", false, "read apt's list from standard input")
+	c.Flags().BoolVar(&aptDone, "apt-done", false, "what apt calls afterwards: the same as settle")
 	return c
 }
 
@@ -119,23 +123,27 @@ func newPackagesSettleCommand(e *env) *cobra.Command {
 		Use: "settle", Short: "Forget packages that are not installed any more (dpkg's hook)",
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
-			var a agent.SettleAnswer
-			err := agent.NewClient(d.run).Call(c.Context(), "packages/settle", struct{}{}, &a)
-			if noAgent(err) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			return e.emit(a, func(w io.Writer) {
-				if a.Forgotten > 0 {
-					fmt.Fprintf(w, "%d packages forgotten\n", a.Forgotten)
-				}
-			})
+			return settlePackages(c.Context(), e, d)
 		},
 	}
 	d.flags(c)
 	return c
+}
+
+func settlePackages(ctx context.Context, e *env, d hostDirs) error {
+	var a agent.SettleAnswer
+	err := agent.NewClient(d.run).Call(ctx, "packages/settle", struct{}{}, &a)
+	if noAgent(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return e.emit(a, func(w io.Writer) {
+		if a.Forgotten > 0 {
+			fmt.Fprintf(w, "%d packages forgotten\n", a.Forgotten)
+		}
+	})
 }
 
 func newPackagesListCommand(e *env) *cobra.Command {

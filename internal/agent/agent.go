@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -207,7 +208,57 @@ func (a *Agent) Run(ctx context.Context) error {
 	return a.look(ctx, failed)
 }
 
-// open takes the engine, the role and the guards.
+// Early puts the confirmed policy into the kernel and ends: what is pinned goes
+// on until Run takes over. It is for the initramfs, where the state directory
+// can still be read-only, and writes nothing to it. It fails closed: an error
+// means that nothing is claimed, and the policy may not be in force.
+func (a *Agent) Early(ctx context.Context) error {
+	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil { //nolint:gosec // the socket in it has its own mode
+		return fmt.Errorf("early start: %w", err)
+	}
+	l, err := a.confirmed()
+	if err != nil {
+		return fmt.Errorf("early start: %w", err)
+	}
+	if err := a.open(); err != nil {
+		return fmt.Errorf("early start: %w", err)
+	}
+	defer a.watcher.Close()
+	if err := a.enforcer.Apply(l.compiled.Table); err != nil {
+		return fmt.Errorf("early start: %w", err)
+	}
+	if err := a.enforcer.Canary(ctx); err != nil {
+		return fmt.Errorf("early start: %w", err)
+	}
+	if err := a.enforcer.Protect(); err != nil {
+		return fmt.Errorf("early start: %w", err)
+	}
+	a.log.InfoContext(ctx, "the policy is in the kernel", "policy", l.policy.Name, "epoch", l.policy.Epoch)
+	return nil
+}
+
+// confirmed loads the policy that this host confirmed; errs.NotFound if there
+// is none, errs.Untrusted if someone put an old one back.
+func (a *Agent) confirmed() (*loaded, error) {
+	bundle, err := readFile(a.state.path(filePolicy), maxBundle)
+	if err != nil {
+		return nil, err
+	}
+	l, err := a.state.load(bundle, a.self, a.clock.now())
+	if err != nil {
+		return nil, fmt.Errorf("the confirmed policy: %w", err)
+	}
+	least, err := a.floor.Get()
+	if err != nil {
+		return nil, fmt.Errorf("epoch floor: %w", err)
+	}
+	if l.policy.Epoch < least {
+		return nil, fmt.Errorf("the stored policy has epoch %d, this host has had %d: someone put an old one back: %w", l.policy.Epoch, least, errs.Untrusted)
+	}
+	return l, nil
+}
+
+// open takes the engine and guards the state directory.
 func (a *Agent) open() error {
 	set := a.state.Settings()
 	e, w, err := a.opts.Open(enforce.Options{
@@ -243,7 +294,7 @@ func (a *Agent) begin(ctx context.Context) error {
 	if err := a.trustVolumes(); err != nil {
 		a.note("dm-verity volumes: " + err.Error())
 	}
-	bundle, err := readFile(a.state.path(filePolicy), maxBundle)
+	l, err := a.confirmed()
 	if errors.Is(err, errs.NotFound) {
 		a.log.WarnContext(ctx, "no policy yet: nothing is enforced until `ringwall host apply`")
 		return a.enforcer.Protect()
@@ -251,21 +302,22 @@ func (a *Agent) begin(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l, err := a.state.load(bundle, a.self, a.clock.now())
-	if err != nil {
-		return fmt.Errorf("the confirmed policy: %w", err)
-	}
-	least, err := a.floor.Get()
-	if err != nil {
-		return fmt.Errorf("epoch floor: %w", err)
-	}
-	if l.policy.Epoch < least {
-		return fmt.Errorf("the stored policy has epoch %d, this host has had %d: someone put an old one back: %w", l.policy.Epoch, least, errs.Untrusted)
-	}
+	a.tellEarly()
 	if err := a.enact(ctx, l); err != nil {
 		return err
 	}
 	return a.settle(ctx, l)
+}
+
+// tellEarly raises an alert if the early start at boot failed: then programs ran
+// before the policy was in the kernel.
+func (a *Agent) tellEarly() {
+	code, err := readFile(filepath.Join(a.opts.RunDir, "early.failed"), 64)
+	if err != nil {
+		return
+	}
+	a.pipe.notice(noticeEarly, "the early start at boot failed (exit code "+strings.TrimSpace(string(code))+", see "+filepath.Join(a.opts.RunDir, "early.log")+"): what ran before this was not checked")
+	_ = os.Remove(filepath.Join(a.opts.RunDir, "early.failed"))
 }
 
 // enact puts a policy in force and proves it; on failure the one before it is

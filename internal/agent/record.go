@@ -86,6 +86,7 @@ const (
 	noticeCanary  = "canary"          // enforcement is not proven
 	noticePermit  = "permit"          // break-glass
 	noticeClock   = "clock-went-back" // see clock
+	noticeEarly   = "early-start"     // programs ran before the policy was in the kernel
 	noticeStop    = "agent-stops"
 	noticeStart   = "agent-starts"
 	noticePackage = "package"
@@ -95,7 +96,7 @@ const (
 // alerting says whether a notice is for someone to look at at once.
 func alerting(notice string) bool {
 	switch notice {
-	case noticeSkipped, noticeCanary, noticePermit, noticeClock, noticeStop, noticeLog:
+	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog:
 		return true
 	}
 	return false
