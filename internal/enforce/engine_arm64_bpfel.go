@@ -153,7 +153,21 @@ type engineKey struct {
 }
 
 type engineScratch struct {
-	_      structs.HostLayout
+	_    structs.HostLayout
+	Scan struct {
+		_           structs.HostLayout
+		Next        uint64
+		Hash        uint64
+		Len         uint32
+		Left        uint32
+		Slot        uint32
+		Source      uint32
+		Skip        bool
+		Done        bool
+		StdinForced bool
+		More        bool
+		Pad         [4]uint8
+	}
 	Name   [256]int8
 	Path   [256]int8
 	Key    engineDataPath

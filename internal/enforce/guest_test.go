@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"ringwall/internal/integrity"
 )
@@ -47,6 +46,7 @@ type lab struct {
 	e      *Engine
 	dir    string
 	cgroup string
+	group  *os.File // its directory
 	table  integrity.Table
 	events chan Event
 	pause  *sync.Mutex // held: events are not read
@@ -60,6 +60,10 @@ const testPins = "/run/ringwall-test/bpf"
 var sharedEngine = sync.OnceValues(func() (*lab, error) {
 	l := &lab{cgroup: "/sys/fs/cgroup/rw-lab", events: make(chan Event, 1<<14), pause: &sync.Mutex{}}
 	if err := os.Mkdir(l.cgroup, 0o755); err != nil {
+		return nil, err
+	}
+	var err error
+	if l.group, err = os.Open(l.cgroup); err != nil {
 		return nil, err
 	}
 	start := time.Now()
@@ -100,7 +104,7 @@ func newLab(t *testing.T) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &lab{t: t, e: shared.e, dir: t.TempDir(), cgroup: shared.cgroup, events: shared.events, pause: shared.pause, table: strictTable()}
+	l := &lab{t: t, e: shared.e, dir: t.TempDir(), cgroup: shared.cgroup, group: shared.group, events: shared.events, pause: shared.pause, table: strictTable()}
 	l.allow(l.read("/proc/self/exe"), 0, 0)
 	l.apply()
 	l.drain()
@@ -173,14 +177,9 @@ func (l *lab) run(argv ...string) error { return l.command(argv...).Run() }
 
 func (l *lab) command(argv ...string) *exec.Cmd {
 	l.t.Helper()
-	fd, err := unix.Open(l.cgroup, unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	l.t.Cleanup(func() { _ = unix.Close(fd) })
 	c := exec.Command(argv[0], argv[1:]...)
 	c.Stdout, c.Stderr = os.Stdout, os.Stderr
-	c.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: fd}
+	c.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(l.group.Fd())}
 	return c
 }
 

@@ -65,7 +65,7 @@ func TestIOUring(t *testing.T) {
 	listed, unlisted := l.file("listed.py", []byte("print(4)")), l.file("unlisted.py", []byte("print(5)"))
 	l.allow([]byte("print(4)"), 0, 0)
 	l.apply()
-	l.measure(listed)
+	l.measure(listed, unlisted)
 	for _, way := range []string{"ring", "ring-async"} {
 		if err := l.role(way, listed); err != nil {
 			t.Errorf("%s: a listed script: %v", way, err)

@@ -11,18 +11,6 @@
 
 #define AGENT_WORD 0x746e656761 /* "agent", little-endian */
 
-enum code_source { FROM_STDIN, FROM_SCRIPT, FROM_INLINE, UNREADABLE };
-
-struct scan {
-	__u64 next;      /* user address of the next argument */
-	__u64 hash;      /* of the last component of the script's name */
-	__u32 len;       /* of the same */
-	__u32 left;      /* arguments to go */
-	__u32 slot;      /* of the interpreter rule */
-	__u32 source;    /* enum code_source */
-	bool skip, done, stdin_forced, more;
-};
-
 static __always_inline bool in_set(const __u64 *set, char ch)
 {
 	__u8 u = ch;
@@ -116,10 +104,11 @@ static __always_inline struct interpreter *rule_of(__u32 slot)
  */
 
 /* The argument at address is the script's name, or stands in its place. Returns 1 to stop. */
-__attribute__((noinline)) long names_script(struct scan *s, struct scratch *x, __u64 address, __u32 source)
+__attribute__((noinline)) long names_script(struct scratch *x, __u64 address, __u32 source)
 {
-	if (!s || !x)
+	if (!x)
 		return 1;
+	struct scan *s = &x->scan;
 	__u32 at = tail_of(x->name);
 	__builtin_memset(x->path, 0, sizeof(x->path));
 	long n = bpf_probe_read_user_str(x->path, sizeof(x->path), (void *)(address + at));
@@ -130,10 +119,11 @@ __attribute__((noinline)) long names_script(struct scan *s, struct scratch *x, _
 }
 
 /* A cluster of short options, like -xc. Returns 1 to stop. */
-__attribute__((noinline)) long scan_letters(struct scan *s, struct interpreter *rule, struct scratch *x)
+__attribute__((noinline)) long scan_letters(struct scratch *x, struct interpreter *rule)
 {
-	if (!s || !rule || !x)
+	if (!rule || !x)
 		return 1;
+	struct scan *s = &x->scan;
 	const char *a = x->name;
 #pragma unroll
 	for (int j = 1; j <= MAX_LETTERS; j++) {
@@ -160,10 +150,11 @@ __attribute__((noinline)) long scan_letters(struct scan *s, struct interpreter *
 }
 
 /* A long option. Returns 1 to stop. */
-__attribute__((noinline)) long scan_long(struct scan *s, struct interpreter *rule, struct scratch *x)
+__attribute__((noinline)) long scan_long(struct scratch *x, struct interpreter *rule)
 {
-	if (!s || !rule || !x)
+	if (!rule || !x)
 		return 1;
+	struct scan *s = &x->scan;
 	const char *a = x->name;
 	__u64 n = option_length(a);
 #pragma unroll
@@ -182,12 +173,19 @@ __attribute__((noinline)) long scan_long(struct scan *s, struct interpreter *rul
 	return 0;
 }
 
-/* One argument; bpf_loop's callback. Returns 1 to stop. */
-static long scan_argument(__u64 i, struct scan *s)
+/*
+ * One argument; bpf_loop's callback. Returns 1 to stop. What it keeps from one
+ * to the next is in a map: of the caller's stack, kernels before 6.7 believe
+ * that it is as it was before the first, and drop code that it would reach later.
+ */
+static long scan_argument(__u64 i, void *none)
 {
-	struct interpreter *rule = rule_of(s->slot);
 	struct scratch *x = bpf_task_storage_get(&scratches, bpf_get_current_task_btf(), 0, 0);
-	if (!rule || !x) {
+	if (!x)
+		return 1; /* UNREADABLE, see check_source */
+	struct scan *s = &x->scan;
+	struct interpreter *rule = rule_of(s->slot);
+	if (!rule) {
 		s->source = UNREADABLE;
 		return 1;
 	}
@@ -223,17 +221,17 @@ static long scan_argument(__u64 i, struct scan *s)
 	const char *a = x->name;
 	long stop = 0;
 	if (s->done || (a[0] != '-' && (a[0] != '+' || !rule->shell || !a[1]))) {
-		stop = s->stdin_forced || names_script(s, x, address, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT);
+		stop = s->stdin_forced || names_script(x, address, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT);
 	} else if (a[0] == '-' && !a[1]) {
 		if (!rule->shell || s->stdin_forced)
-			stop = names_script(s, x, address, FROM_STDIN);
+			stop = names_script(x, address, FROM_STDIN);
 		s->done = true; /* a shell takes it for "--" */
 	} else if (a[0] == '-' && a[1] == '-' && !a[2]) {
 		s->done = true;
 	} else if (a[0] == '-' && a[1] == '-') {
-		stop = scan_long(s, rule, x);
+		stop = scan_long(x, rule);
 	} else {
-		stop = scan_letters(s, rule, x);
+		stop = scan_letters(x, rule);
 	}
 	barrier_var(stop);
 	return stop ? 1 : 0; /* in so many words, for the verifier */
@@ -281,19 +279,24 @@ static __always_inline void check_source(struct steering *c, struct generation *
 	struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!rule)
 		return;
-	struct scan scan = { .next = bprm->p, .left = bprm->argc, .slot = slot, .source = FROM_STDIN };
-	if (x)
-		bpf_loop(MAX_ARGUMENTS, scan_argument, &scan, 0);
-	else
-		scan.source = UNREADABLE;
-	if (scan.left && scan.source == FROM_STDIN && !scan.stdin_forced && !scan.len)
-		scan.source = UNREADABLE;
-	info->script_hash = scan.hash;
-	info->script_len = scan.len;
+	__u32 source = UNREADABLE;
+	if (x) {
+		struct scan *n = &x->scan;
+		__builtin_memset(n, 0, sizeof(*n));
+		n->next = bprm->p;
+		n->left = bprm->argc;
+		n->slot = slot;
+		bpf_loop(MAX_ARGUMENTS, scan_argument, NULL, 0);
+		source = n->source;
+		if (source == FROM_STDIN && n->left && !n->stdin_forced && !n->len)
+			source = UNREADABLE; /* more arguments than are looked at */
+		info->script_hash = n->hash;
+		info->script_len = n->len;
+	}
 	if (info->roles & R_PACKAGES)
 		return; /* maintainer scripts use every trick in the book; they are authorised themselves */
 	struct report r = { .kind = K_SCRIPT, .interpreter = info->interpreter, .file = bprm->file };
-	switch (scan.source) {
+	switch (source) {
 	case FROM_SCRIPT:
 		return; /* judged when it is opened */
 	case FROM_INLINE:

@@ -25,8 +25,21 @@ struct task {
 /* A directory, with its closing slash, or a file whose content an interpreter may read unchecked. */
 #define DATA_PATH_LEN 64
 struct data_path { __u8 generation, interpreter; __u8 pad[6]; char path[DATA_PATH_LEN]; };
+/* Reading the arguments of an interpreter. */
+enum code_source { FROM_STDIN, FROM_SCRIPT, FROM_INLINE, UNREADABLE };
+struct scan {
+	__u64 next;   /* user address of the next argument */
+	__u64 hash;   /* of the last component of the script's name */
+	__u32 len;    /* of the same */
+	__u32 left;   /* arguments to go */
+	__u32 slot;   /* of the interpreter rule */
+	__u32 source; /* enum code_source */
+	bool skip, done, stdin_forced, more;
+	__u8 pad[4];
+};
 /* Working space of an interpreter's task; too big for the BPF stack. */
 struct scratch {
+	struct scan scan;
 	char name[PATH_LEN];
 	char path[PATH_LEN];
 	struct data_path key;
