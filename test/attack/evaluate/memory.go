@@ -229,6 +229,12 @@ func swapWrite(a *attempt) error {
 	defer unix.Syscall(unix.SYS_SWAPOFF, uintptr(unsafe.Pointer(&name[0])), 0, 0)
 	lib := "/dev/shm/rw-" + a.Token
 	defer os.Remove(lib)
+	// no reading ahead: it would fetch the page before it is changed
+	back, err := setKernel("/proc/sys/vm/page-cluster", "0")
+	if err != nil {
+		return err
+	}
+	defer back()
 	return a.inCgroup(func(box string) error {
 		return a.tool("swapped", lib, below, box+"/memory.reclaim", a.inKit("librwdemo.so"))
 	})

@@ -166,10 +166,14 @@ static int swapped(char **a)
 		char *at = n <= 0 || mincore(p, PAGE, &there) || there & 1 ? NULL : memmem(disk, n, copy, PAGE);
 		if (!at)
 			continue;
-		put_code(at + in);
-		if (pwrite(below, at, PAGE, at - disk) != PAGE)
-			return failed("pwrite");
-		return call(p + in);
+		/* the page may have been out before, to another place: change every copy */
+		for (; at; at = memmem(at, disk + n - at, copy, PAGE)) {
+			put_code(at + in);
+			if (pwrite(below, at, PAGE, at - disk) != PAGE)
+				return failed("pwrite");
+		}
+		if (!call(p + in))
+			return 0; /* else it came back, read ahead, before it was changed: once more */
 	}
 	errno = EAGAIN;
 	return failed("the page did not go to swap");
