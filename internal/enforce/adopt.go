@@ -1,6 +1,7 @@
 package enforce
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -120,15 +121,24 @@ func startTicks(pid int) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("process %d: %w", pid, errs.NotFound)
 	}
+	n, err := parseStart(b)
+	if err != nil {
+		return 0, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return n, nil
+}
+
+// parseStart reads the start time from a stat line, see proc(5).
+func parseStart(stat []byte) (uint64, error) {
 	// the name in parentheses may hold anything
-	_, rest, ok := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
+	_, rest, ok := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ")
 	fields := strings.Fields(rest)
 	if !ok || len(fields) < 20 {
-		return 0, fmt.Errorf("process %d: cannot read its stat line: %w", pid, errs.Invalid)
+		return 0, fmt.Errorf("stat line of %d fields: %w", len(fields), errs.Invalid)
 	}
 	n, err := strconv.ParseUint(fields[19], 10, 64)
 	if err != nil {
-		return 0, fmt.Errorf("process %d: start time: %w", pid, errs.Invalid)
+		return 0, fmt.Errorf("start time %q: %w", fields[19], errs.Invalid)
 	}
 	return n, nil
 }
