@@ -21,7 +21,7 @@ say "Keys: a fleet of one, with a CA for builds, one for policies, one for permi
 say "A build: a small service in Go, a tool and three scripts; catalogued and signed"
 cp "$parts/greeter" "$parts/attack" build/
 cp "$parts/tour.sh" build/
-printf 'print("hello from an authorised Python script")\n' >build/hello.py
+printf 'import bz2, json\nprint("hello from an authorised Python script")\n' >build/hello.py
 printf '#!/bin/sh\necho "hello from an authorised shell script"\n' >build/hello.sh
 chmod 755 build/*
 "$rw" sign build --keys keys --product demo --version 1.0 --epoch 1 --out releases
@@ -38,6 +38,9 @@ policy() {
 		    signer: {authority: Demo Fleet build CA, product: demo, min_epoch: 1}
 		  - rule: debian-packages
 		    package: {archive: debian, names: ["*"]}
+		interpreters: # on top of the built-in ones: no code on the command line or in a pipe
+		  - {name: python, inline: deny}
+		  - {name: perl, inline: deny}
 	POLICY
 }
 

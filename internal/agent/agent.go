@@ -167,7 +167,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
-	lock, err := lockFile(filepath.Join(a.opts.RunDir, "agent.lock"))
+	lock, err := lockDir(a.opts.RunDir)
 	if err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
@@ -502,9 +502,10 @@ func hostKnob(k integrity.Knob) host.Knob {
 	return host.Knob{Name: k.Name, Want: k.Want, Rule: host.KnobRule(k.Rule), Boot: k.Boot, Since: k.Since}
 }
 
-// lockFile takes a lock that lasts as long as the process.
-func lockFile(name string) (*os.File, error) {
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+// lockDir takes a lock that lasts as long as the process. It is on a directory,
+// since a file lock of the agent is how the engine is told to measure a file.
+func lockDir(name string) (*os.File, error) {
+	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
 	}
