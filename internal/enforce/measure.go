@@ -19,7 +19,8 @@ func (e *Engine) MustMeasure() bool {
 // Measure has the kernel compute and keep the digest of an open regular file.
 // Kernels before 6.9 cannot do so at the moment at which an interpreter opens a
 // file: there a script that was not executed or mapped before must be measured
-// first, and again when the kernel drops its inode from memory; holding f open
+// first, and so must whatever a strict interpreter reads, its libraries too.
+// The kernel forgets when it drops the inode from memory; holding f open
 // prevents that. The caller needs the agent's role.
 //
 // It wraps errs.Conflict if the content cannot be pinned down: somebody has it

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -148,6 +149,56 @@ func TestModules(t *testing.T) {
 	l.apply()
 	if err := l.role("finit-module", fake); !refusedWith(err, 2) {
 		t.Errorf("a listed module file: %v", err)
+	}
+}
+
+// The real insmod, where the guest has it: Debian 12's decompresses .ko.xz by
+// itself and uses init_module(2). RINGWALL_ADD brings it and a module along.
+func TestInsmod(t *testing.T) {
+	l := newLab(t)
+	const kmod = "/usr/bin/kmod"
+	modules, _ := filepath.Glob("/lib/modules/*/kernel/drivers/net/dummy.ko*")
+	if _, err := os.Stat(kmod); err != nil || len(modules) == 0 {
+		t.Skipf("SKIPPED, NOT TESTED: the guest has no %s or no module", kmod)
+	}
+	for _, pattern := range []string{"/lib/x86_64-linux-gnu/*", "/usr/lib/x86_64-linux-gnu/*", "/lib64/*"} {
+		files, _ := filepath.Glob(pattern)
+		for _, f := range files {
+			if st, err := os.Stat(f); err == nil && st.Mode().IsRegular() {
+				l.allow(l.read(f), 0, 0)
+				l.measure(f)
+			}
+		}
+	}
+	module := modules[0]
+	rule := integrity.Interpreter{Name: "kmod", Reads: integrity.ReadsStrict, Stdin: 31, DataPaths: []string{"/proc/", "/sys/", "/etc/"}}
+	l.table.Interpreters = []integrity.Interpreter{rule}
+	insmod := func() error {
+		c := l.command(kmod, module)
+		c.Args[0] = "insmod"
+		return c.Run()
+	}
+	l.allow(l.read(kmod), 0, 1)
+	listed := l.allow(l.read(module), 0, 0)
+	key := integrity.Key{Digest: listed}
+	l.table.Entries[key] = integrity.Entry{Kinds: integrity.SetOf(integrity.KindModule)}
+	l.apply()
+	l.measure(module)
+	if err := insmod(); err == nil {
+		t.Error("insmod without the role read a module")
+	}
+	_ = unix.DeleteModule("dummy", 0)
+	l.allow(l.read(kmod), integrity.RoleModules, 1)
+	l.apply()
+	if err := insmod(); err != nil {
+		t.Errorf("listed, with the role: %v", err)
+		l.logEvents()
+	}
+	_ = unix.DeleteModule("dummy", 0)
+	delete(l.table.Entries, key)
+	l.apply()
+	if err := insmod(); err == nil {
+		t.Error("an unlisted module was loaded")
 	}
 }
 

@@ -16,8 +16,8 @@ type gap struct {
 func gaps() []gap {
 	return []gap{
 		{[]string{"bpf_lsm_file_post_open"}, Problem{
-			"scripts that an interpreter opens", "the kernel cannot hash a file at the moment of opening: a script that was neither executed nor mapped nor measured by the agent before is refused, also if it is authorised",
-			"use Linux 6.9 or newer, or keep the agent running: it measures authorised scripts",
+			"scripts that an interpreter opens", "the kernel cannot hash a file at the moment of opening: a script, or whatever a strict interpreter reads, is refused if it was neither executed nor mapped nor measured by the agent before, also if it is authorised",
+			"use Linux 6.9 or newer, or keep the agent running: it measures authorised files",
 		}},
 		{[]string{"bpf_get_fsverity_digest"}, Problem{
 			"fs-verity digests", "they cannot be asked for: files are identified by SHA-256 alone", "use Linux 6.12 or newer",
@@ -64,6 +64,7 @@ func Uncovered() []Problem {
 func beyond() []Problem {
 	return []Problem{
 		{"code that an interpreter makes itself", "data that an authorised interpreter turns into code inside its process (eval of a download, sh reading a pipe that policy allows) is not seen; the programs that it starts are", "forbid inline code and pipes for that interpreter"},
+		{"links that an interpreter resolves itself", "a script that is named through a link to a file without a code suffix is not recognised when the interpreter (such as node) opens only the file that the link leads to", "let that interpreter read authorised files only (reads: strict)"},
 		{"descriptors that an interpreter was given", "a file that another process opened and handed over is read without an open of its own", "forbid standard input from files for that interpreter"},
 		{"storage under device mapper and MD", "a volume that is built on a loop or network device is not told from one on a disk: who may change what lies below can change files after they were hashed", "let nobody but root make such volumes; use dm-verity or fs-verity for what must hold against root"},
 		{"commands to a disk past its file system", "SCSI and NVMe passthrough write to a disk without opening it for writing", "enable lockdown, or allow nobody CAP_SYS_RAWIO"},

@@ -537,6 +537,8 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 		if (rule->reads != READS_STRICT || info->roles & R_PACKAGES || is_data(x, f, slot))
 			return 0;
 		kinds = 0xffff; /* anything authorised may be read */
+	} else if (info->roles & R_MODULES) {
+		kinds |= BIT(K_MODULE); /* insmod names a module */
 	}
 	struct found o = {};
 	find(c, s, f, &o, may_hash);
