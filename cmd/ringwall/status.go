@@ -70,7 +70,7 @@ func withoutAgent(run string) *agent.Status {
 
 func printStatus(out io.Writer, s *agent.Status) {
 	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
-	defer w.Flush()
+	defer func() { _ = w.Flush() }() // emit reports what cannot be written
 	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 	row("state", "%s: %s", strings.ToUpper(s.State), s.Text)
 	if s.Host != "" {

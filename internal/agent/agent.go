@@ -164,7 +164,7 @@ func hashFile(name string) (integrity.Digest, error) {
 // returns an error and never says that it enforces. errs.Unsupported means that
 // this kernel cannot.
 func (a *Agent) Run(ctx context.Context) error {
-	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil {
+	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil { //nolint:gosec // the socket in it has its own mode
 		return fmt.Errorf("run agent: %w", err)
 	}
 	lock, err := lockDir(a.opts.RunDir)
@@ -194,7 +194,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.begin(ctx); err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
-	srv, err := newControl(a)
+	srv, err := newControl(ctx, a)
 	if err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
@@ -204,7 +204,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	now := a.Status()
 	_ = host.Notify("READY=1\nSTATUS=" + now.State + ": " + now.Text)
-	a.log.InfoContext(ctx, "agent runs", "state", now.State, "text", now.Text, "host", now.Host)
+	a.log.InfoContext(ctx, "agent runs", slog.String("state", now.State), slog.String("text", now.Text), slog.String("host", now.Host))
 	return a.look(ctx, failed)
 }
 
@@ -233,7 +233,7 @@ func (a *Agent) Early(ctx context.Context) error {
 	if err := a.enforcer.Protect(); err != nil {
 		return fmt.Errorf("early start: %w", err)
 	}
-	a.log.InfoContext(ctx, "the policy is in the kernel", "policy", l.policy.Name, "epoch", l.policy.Epoch)
+	a.log.InfoContext(ctx, "the policy is in the kernel", slog.String("policy", l.policy.Name), slog.Uint64("epoch", l.policy.Epoch))
 	return nil
 }
 
@@ -330,7 +330,7 @@ func (a *Agent) enact(ctx context.Context, l *loaded) error {
 	a.loaded = l
 	a.pipe.use(l)
 	if there, measured := a.measurer.all(ctx, l.scripts); measured < there {
-		a.log.WarnContext(ctx, "not every authorised script could be measured; the others are refused to interpreters", "scripts", there, "measured", measured)
+		a.log.WarnContext(ctx, "not every authorised script could be measured; the others are refused to interpreters", slog.Int("scripts", there), slog.Int("measured", measured))
 	}
 	err := a.prove(ctx)
 	if err == nil {
@@ -420,7 +420,7 @@ func (a *Agent) tend(ctx context.Context) {
 		a.pipe.notice(noticeClock, fmt.Sprintf("the clock went back by %v; what runs out is judged by the latest time seen", back))
 	}
 	if err := a.trustVolumes(); err != nil {
-		a.log.WarnContext(ctx, "dm-verity volumes", "error", err)
+		a.log.WarnContext(ctx, "dm-verity volumes", slog.Any("error", err))
 	}
 	if a.loaded == nil {
 		return
@@ -450,7 +450,7 @@ func (a *Agent) note(problem string) {
 	if len(a.problem) > 20 {
 		a.problem = a.problem[1:]
 	}
-	a.log.Error("agent", "problem", problem)
+	a.log.Error("agent", slog.String("problem", problem))
 }
 
 // trustVolumes tells the kernel which devices are dm-verity volumes now. One
@@ -509,7 +509,7 @@ func lockDir(name string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) //nolint:gosec // a file descriptor
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = fmt.Errorf("another agent runs on this host: %w", errs.Conflict)
 	}

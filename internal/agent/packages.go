@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -246,9 +248,7 @@ func (in *intake) search(p host.AptPackages, want codesign.IndexFile, by *indexe
 	if err != nil {
 		return err
 	}
-	for d, x := range found { // only now is the index known to be the signed one
-		in.wanted[d] = x
-	}
+	maps.Copy(in.wanted, found) // only now is the index known to be the signed one
 	return nil
 }
 
@@ -279,11 +279,10 @@ func (in *intake) admit(c *incoming, r *PackageResult) error {
 }
 
 func (in *intake) reasons() string {
-	out := ""
-	for _, w := range in.why {
-		out += "; " + w
+	if len(in.why) == 0 {
+		return ""
 	}
-	return out
+	return "; " + strings.Join(in.why, "; ")
 }
 
 // SettlePackages forgets what is not installed any more and was not added of

@@ -88,7 +88,7 @@ func (h *webhook) deliver(ctx context.Context, b []byte) {
 			return
 		}
 		if i == hookTries-1 {
-			h.log.WarnContext(ctx, "alert was not delivered; it is in the event log", "error", err)
+			h.log.WarnContext(ctx, "alert was not delivered; it is in the event log", slog.Any("error", err))
 			return
 		}
 		select {

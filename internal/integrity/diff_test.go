@@ -30,8 +30,10 @@ func TestDiff(t *testing.T) {
 		{"script: audit, memory: audit", "script: enforce, memory: off", []string{"looser modes memory: audit becomes off", "stricter modes script: audit becomes enforce"}},
 		{"min_epoch: 12", "min_epoch: 11", []string{"looser allow edged: asks for epoch 11, was 12"}},
 		{`identity: "spiffe://fleet.example/build/main", `, "", []string{"looser allow edged: is not limited to identity spiffe://fleet.example/build/main any more"}},
-		{"[HEX], kinds: [exec, module]", "[HEX, " + hex2 + "], kinds: [exec]",
-			[]string{"looser allow hotfix: adds sha256 " + hex2, "stricter allow hotfix: drops kinds module"}},
+		{
+			"[HEX], kinds: [exec, module]", "[HEX, " + hex2 + "], kinds: [exec]",
+			[]string{"looser allow hotfix: adds sha256 " + hex2, "stricter allow hotfix: drops kinds module"},
+		},
 		{"[HEX], kinds: [exec, module]", "[HEX]", []string{"changed allow hotfix: is for what the content is, was for exec, module"}},
 		{"  - {rule: img, dmverity: [HEX]}\n", "", []string{"stricter allow img: gone: 1 dm-verity volumes"}},
 		{"below_epoch: 11", "below_epoch: 12", []string{"stricter deny old: product edged must be of epoch 12 or later, was 11"}},
@@ -39,15 +41,21 @@ func TestDiff(t *testing.T) {
 		{"2031-05-01T14:00:00+02:00", "2031-06-01T12:00:00Z", []string{"looser allow vendor: ends 2031-06-01T12:00:00Z, was to end 2031-05-01T12:00:00Z"}},
 		{"2031-05-01T14:00:00+02:00", "2031-05-01T12:00:00Z", nil},
 		{"may: [jit, jit-shared, bpf, debug, packages, block]", "may: [jit, jit-shared, bpf, debug, block]", []string{"stricter programs own-node: drops right to packages"}},
-		{"reads: strict\n    inline: deny", "reads: code\n    inline: audit",
-			[]string{"looser interpreters python: checks the named script and files with a code suffix, was every file outside the data paths",
-				"looser interpreters python: code in arguments is an event, was refused"}},
+		{
+			"reads: strict\n    inline: deny", "reads: code\n    inline: audit",
+			[]string{
+				"looser interpreters python: checks the named script and files with a code suffix, was every file outside the data paths",
+				"looser interpreters python: code in arguments is an event, was refused",
+			},
+		},
 		{`{inline: "c", argument`, `{inline: "ce", argument`, []string{"stricter interpreters python: adds options with code e"}},
 		{"stdin: [tty, pipe, file, socket, null]", "stdin: [tty]", []string{"stricter interpreters python: drops code from standard input: file, null, pipe, socket"}},
 		{"baseline: 1\n", "baseline: 0\n", []string{"looser interpreters awk: gone: what it reads is not checked any more"}},
 		{"signs: [build, policy, permit, supplement]", "signs: [build]", []string{"stricter trust authority Example build CA: drops signing of permit, policy, supplement"}},
-		{`{boot: lockdown, want: integrity}`, `{boot: lockdown, want: confidentiality}`,
-			[]string{"changed knobs lockdown: is exactly confidentiality, reported, was exactly integrity, reported"}},
+		{
+			`{boot: lockdown, want: integrity}`, `{boot: lockdown, want: confidentiality}`,
+			[]string{"changed knobs lockdown: is exactly confidentiality, reported, was exactly integrity, reported"},
+		},
 	} {
 		old, now := strings.ReplaceAll(c.old, "HEX", hex1), strings.ReplaceAll(c.now, "HEX", hex1)
 		if !strings.Contains(doc, old) {
