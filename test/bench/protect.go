@@ -79,7 +79,7 @@ func startAgent(ctx context.Context, state string) (*agent, error) {
 		return nil, err
 	}
 	go func() { a.ended <- a.cmd.Wait() }()
-	return a, until(ctx, "Ringwall enforces", func() (bool, error) {
+	if err := until(ctx, "Ringwall enforces", func() (bool, error) {
 		select {
 		case err := <-a.ended:
 			said, _ := os.ReadFile(a.log)
@@ -87,7 +87,11 @@ func startAgent(ctx context.Context, state string) (*agent, error) {
 		default:
 		}
 		return exec.CommandContext(ctx, ringwall, "status").Run() == nil, nil
-	})
+	}); err != nil {
+		return nil, err
+	}
+	// before Linux 6.9 scripts outside of packages have to be measured
+	return a, quiet(ctx, ringwall, "host", "measure", buildDir)
 }
 
 // stop takes Ringwall out, as an operator does: that takes a signed policy in
