@@ -64,6 +64,8 @@ type Watcher interface {
 	// IsCanary says that an event is the agent's own proof, not an attack.
 	IsCanary(e enforce.Event) bool
 	Status() (enforce.Status, error)
+	// IsGuarded says whether an agent guarded a path before.
+	IsGuarded(path string) (bool, error)
 	// Close lets go; what is pinned goes on.
 	Close() error
 	// Remove takes everything out of the kernel.
@@ -268,6 +270,9 @@ func (a *Agent) open() error {
 		return err
 	}
 	a.enforcer, a.watcher = e, w
+	if err := a.sameState(); err != nil {
+		return errors.Join(err, w.Close())
+	}
 	guard := []string{a.state.dir}
 	for _, d := range stateDirs() {
 		guard = append(guard, a.state.path(d))
@@ -285,6 +290,26 @@ func (a *Agent) take(e enforce.Event) {
 		a.measurer.expect([]string{e.Path})
 	}
 	a.pipe.take(e)
+}
+
+// sameState refuses to take over an engine that another state directory filled:
+// whoever is root could else start this very program with a state of his own.
+func (a *Agent) sameState() error {
+	st, err := a.watcher.Status()
+	if err != nil {
+		return err
+	}
+	if !st.Protected {
+		return nil
+	}
+	mine, err := a.watcher.IsGuarded(a.state.dir)
+	if err != nil {
+		return err
+	}
+	if !mine {
+		return fmt.Errorf("the policy in the kernel does not come from %s: %w", a.state.dir, errs.Denied)
+	}
+	return nil
 }
 
 // begin puts the confirmed policy in force. A host without one waits for it.

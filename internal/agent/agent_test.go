@@ -247,3 +247,22 @@ func TestRemove(t *testing.T) {
 		t.Errorf("removed: %v, %v", l.kernel.removed, err)
 	}
 }
+
+// Root starts the agent with a state directory of its own over the pins that are
+// in force.
+func TestAgent_anotherStateDirectory(t *testing.T) {
+	l := newLab(t)
+	l.prepare(l.policy(5, "enforce", allowTool))
+	l.start()
+	l.stop()
+	other := newLab(t)
+	other.kernel = l.kernel
+	other.prepare(other.policy(9, "audit", ""))
+	if err := other.tryStart(); !errors.Is(err, errs.Denied) {
+		t.Errorf("another state directory was taken: %v", err)
+	}
+	if got := l.kernel.live().Epoch; got != 5 {
+		t.Errorf("epoch %d is in the kernel", got)
+	}
+	l.start()
+}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -66,11 +67,19 @@ func (k *fakeKernel) Protect() error                             { k.protected =
 func (k *fakeKernel) Relax(d time.Duration) error                { k.relaxed = d; return nil }
 func (k *fakeKernel) TrustVolume(uint64, integrity.Digest) error { return nil }
 func (k *fakeKernel) ForgetVolume(uint64) error                  { return nil }
-func (k *fakeKernel) Status() (enforce.Status, error)            { return enforce.Status{}, nil }
-func (k *fakeKernel) MustMeasure() bool                          { return false }
-func (k *fakeKernel) Measure(*os.File) error                     { return nil }
-func (k *fakeKernel) IsCanary(enforce.Event) bool                { return false }
-func (k *fakeKernel) Close() error { k.closed = true; return nil }
+func (k *fakeKernel) Status() (enforce.Status, error) {
+	return enforce.Status{Protected: k.protected}, nil
+}
+func (k *fakeKernel) MustMeasure() bool      { return false }
+func (k *fakeKernel) Measure(*os.File) error { return nil }
+func (k *fakeKernel) IsGuarded(p string) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Contains(k.guarded, p), nil
+}
+
+func (k *fakeKernel) IsCanary(enforce.Event) bool { return false }
+func (k *fakeKernel) Close() error                { k.closed = true; return nil }
 
 func (k *fakeKernel) Remove() error                                   { k.removed = true; return nil }
 func (k *fakeKernel) open(enforce.Options) (Enforcer, Watcher, error) { return k, k, nil }

@@ -111,6 +111,25 @@ func (e *Engine) Unguard(paths ...string) error {
 	return nil
 }
 
+// IsGuarded reports whether everyone but the agent is kept from changing a file
+// or the entries of a directory. Only an agent can have asked for that, so a
+// restarted one can tell its own state from one that somebody else made.
+func (e *Engine) IsGuarded(path string) (bool, error) {
+	key, err := guardKey(path)
+	if err != nil {
+		return false, err
+	}
+	var v uint8
+	err = e.objs.GuardedInodes.Lookup(key, &v)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look whether %s is guarded: %w", path, err)
+	}
+	return v == guardAll, nil
+}
+
 func guardKey(path string) (engineGuarded, error) {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
