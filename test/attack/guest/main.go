@@ -1,8 +1,9 @@
 // Command guest runs the attack suite in a Debian guest and writes the results.
-// Without -before the guest has no Ringwall: the baseline that protected runs
-// are compared with.
+// Without -profile the guest has no Ringwall: the baseline that protected runs
+// are compared with. Start it in the root of the repository.
 //
 //	go run ./test/attack/guest -kernel 6.12 -o stock.jsonl
+//	go run ./test/attack/guest -kernel 6.12 -profile strict -o strict.jsonl
 package main
 
 import (
@@ -43,6 +44,7 @@ func run(ctx context.Context, args []string) error {
 	kernel := f.String("kernel", "6.12", "kernel of the guest")
 	out := f.String("o", "", "write results here as JSON lines")
 	options := f.String("options", "", "further options of evaluate run")
+	profile := f.String("profile", "", "run under Ringwall with this policy: strict or server, of docs/examples")
 	before := f.String("before", "", "script to run in the guest first, for instance to set protection up")
 	limit := f.Duration("limit", 30*time.Minute, "time for the whole run")
 	if err := f.Parse(args); err != nil {
@@ -87,10 +89,15 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if *profile != "" {
+		if err := protect(ctx, kit, *profile, image); err != nil {
+			return fmt.Errorf("prepare Ringwall: %w", err)
+		}
+	}
 	results := &splitter{to: os.Stdout}
 	res, err := vm.RunDebian(ctx, vm.DebianGuest{
 		Image: image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
-		Script: script(*options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
+		Script: script(*profile != "", *options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
 	})
 	if err != nil {
 		return err
@@ -107,9 +114,14 @@ func run(ctx context.Context, args []string) error {
 // mark stands before each line of the results in the guest's output.
 const mark = "ATTACK-RESULT "
 
-func script(options string) string {
+func script(protected bool, options string) string {
+	protection := ""
+	if protected {
+		protection, options = protectScript, protectedOptions+options
+	}
 	return strings.Join([]string{
 		"#!/bin/sh",
+		protection,
 		"id -u 1000 >/dev/null 2>&1 || useradd -m -u 1000 attacker",
 		"test ! -x /payload/before || /payload/before || exit 1",
 		"/payload/evaluate run -o /root/results " + options,
