@@ -75,7 +75,7 @@ func fileAttacks(g target) map[string]func() error {
 		"mount over":            func() error { return unix.Mount("x", g.dir, "tmpfs", 0, "") },
 		"mount over one above":  func() error { return unix.Mount("x", filepath.Dir(g.dir), "tmpfs", 0, "") },
 		"bind over, as private": func() error { return unix.Mount("/", filepath.Dir(g.dir), "", unix.MS_BIND|unix.MS_PRIVATE, "") },
-		"unmount /tmp":          func() error { return unix.Unmount("/tmp", unix.MNT_DETACH) },
+		"unmount it all":        func() error { return unix.Unmount(filepath.Dir(filepath.Dir(g.dir)), unix.MNT_DETACH) },
 		"pivot_root":            func() error { return unix.PivotRoot("/tmp", "/tmp") },
 		"unlink a pin":          func() error { return unix.Unlink(g.pins + "/" + engineMapControl) },
 		"rename a pin":          func() error { return unix.Rename(g.pins+"/link_rw_exec", g.pins+"/x") },
@@ -168,7 +168,7 @@ func guarded(t *testing.T) (*lab, target) {
 	l := newLab(t)
 	l.allow(l.read("/proc/self/exe"), integrity.RoleAgent, 0)
 	l.apply()
-	g := target{dir: l.dir + "/above/state", pid: os.Getpid(), cgroup: "/sys/fs/cgroup/rw-above/rw-agent", pins: testPins}
+	g := target{dir: l.mount("state", "mounted", "tmpfs", 0, "") + "/above/state", pid: os.Getpid(), cgroup: "/sys/fs/cgroup/rw-above/rw-agent", pins: testPins}
 	for _, dir := range []string{g.dir, g.cgroup} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
@@ -178,7 +178,7 @@ func guarded(t *testing.T) (*lab, target) {
 		t.Fatal(err)
 	}
 	for path, text := range map[string]string{"state/policy": "original", "outside": "evil"} {
-		if err := os.WriteFile(l.dir+"/above/"+path, []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Dir(g.dir)+"/"+path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -500,7 +500,8 @@ static __always_inline bool is_named(struct scratch *x, const struct task *info,
 		return false;
 	if (n > 1 && ends_with(x, (__u64)asked, n - 1, len, info->script_hash))
 		return true;
-	return d->d_name.len == len && ends_with(x, (__u64)d->d_name.name, len, len, info->script_hash);
+	/* read as a number: newer verifiers know such a pointer's type and do not pass it on */
+	return d->d_name.len == len && ends_with(x, (__u64)BPF_CORE_READ(d, d_name.name), len, len, info->script_hash);
 }
 
 /* A pipe, terminal or socket in the place of the script is standard input by another name. */
