@@ -277,6 +277,13 @@ func (a *Agent) open() error {
 	for _, d := range stateDirs() {
 		guard = append(guard, a.state.path(d))
 	}
+	if set.Scope == "" {
+		for _, p := range host.BootPaths() {
+			if _, err := os.Lstat(p); err == nil {
+				guard = append(guard, p)
+			}
+		}
+	}
 	if err := e.Guard(guard...); err != nil {
 		return errors.Join(err, w.Close())
 	}

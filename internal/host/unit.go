@@ -63,6 +63,16 @@ func bootFiles() []bootFile {
 	}
 }
 
+// BootPaths are the files that InstallBoot writes, and the program that they
+// start: what has to stay for enforcement to be there after the next boot.
+func BootPaths() []string {
+	out := []string{"/usr/bin/ringwall", "/" + wantPath}
+	for _, f := range bootFiles() {
+		out = append(out, "/"+f.path)
+	}
+	return out
+}
+
 // InstallBoot writes below root what starts the agent early at boot (a systemd
 // unit that is wanted by sysinit.target, and for initramfs-tools a hook and a
 // script), and what makes apt ask before it installs. A second run changes
