@@ -74,7 +74,7 @@ func (p *preparer) build(ctx context.Context) error {
 		// made and signed in an earlier run
 		return p.command(ctx, "", "cp", self, b+"/bench")
 	}
-	if err := os.CopyFS(src, sources); err != nil {
+	if err := errors.Join(os.RemoveAll(src), os.CopyFS(src, sources)); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(b, 0o755); err != nil { //nolint:gosec // programs for everyone
