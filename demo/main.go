@@ -125,7 +125,16 @@ func (d *demo) onThisMachine(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return d.command(ctx, []string{"RINGWALL_SCOPE=" + cgroup}, "sh", d.path("parts", "tour.sh"), d.path("parts"), d.path("prepared"))
+	dir, err := os.Open(cgroup)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	c := exec.CommandContext(ctx, "sh", d.path("parts", "tour.sh"), d.path("parts"), d.path("prepared"))
+	c.Env = append(os.Environ(), "RINGWALL_SCOPE="+cgroup)
+	c.Stdout, c.Stderr = d.out, os.Stderr
+	c.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	return c.Run()
 }
 
 // inGuest takes the tour in a virtual machine, where all of it is governed.

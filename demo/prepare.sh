@@ -8,6 +8,7 @@
 #   RINGWALL_DEBS   directory of the host's package files
 #   RINGWALL_ROOT   directory that stands for the host's / (apt's signed lists)
 #   RINGWALL_SCOPE  cgroup to govern; empty: the whole host
+#   RINGWALL_ORIGINS  origins of trusted packages (Debian)
 set -eu
 parts=$(realpath "$1")
 rw=$parts/ringwall
@@ -31,7 +32,7 @@ chmod 755 build/*
 policy() {
 	printf 'version: 1\nname: demo\nepoch: %s\nbaseline: 1\nmode: %s\n' "$1" "$2"
 	"$rw" key trust keys
-	printf '  archives:\n    - name: debian\n      origins: [Debian]\n      keyring: %s\n' "$(base64 -w0 /usr/share/keyrings/debian-archive-keyring.gpg)"
+	printf '  archives:\n    - name: debian\n      origins: [%s]\n      keyring: %s\n' "${RINGWALL_ORIGINS:-Debian}" "$(base64 -w0 /usr/share/keyrings/debian-archive-keyring.gpg)"
 	cat <<-'POLICY'
 		allow:
 		  - rule: demo-builds

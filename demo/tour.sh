@@ -138,7 +138,7 @@ must_fail "unmounting them" umount -l "$rundir/bpf"
 must_fail "switching the kernel's hooks off" sh -c 'echo 0 >/proc/sys/kernel/ftrace_enabled'
 must_fail "a policy that nobody signed" "$rw" host apply "$prepared/demo.yaml"
 must_fail "an older policy, signed" "$rw" host apply "$prepared/old.policy.json"
-must_fail "taking Ringwall out" "$rw" host remove
+[ -n "${RINGWALL_SCOPE:-}" ] || must_fail "taking Ringwall out" "$rw" host remove # a trial in a scope may be ended
 
 say "The agent dies all the same: the kernel goes on without it"
 mkdir -p /sys/fs/cgroup/tour-victim

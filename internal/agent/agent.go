@@ -191,11 +191,12 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.measurer = newMeasurer(a.watcher)
 	defer a.measurer.close()
 	workers.Go(func() { a.measurer.watch(ctx) })
-	failed := make(chan error, 2)
-	workers.Go(func() { failed <- a.watcher.Events(ctx, a.take) })
 	if err := a.begin(ctx); err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
+	// The kernel keeps events until here, where the policy that explains them is known.
+	failed := make(chan error, 2)
+	workers.Go(func() { failed <- a.watcher.Events(ctx, a.take) })
 	srv, err := newControl(ctx, a)
 	if err != nil {
 		return fmt.Errorf("run agent: %w", err)
