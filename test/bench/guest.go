@@ -18,10 +18,11 @@ import (
 
 // plan says what a guest measures. It is given in the environment.
 type plan struct {
-	rounds  int      // of the small things in each stretch, the first not counted
-	real    int      // of the real workloads, likewise
-	only    []string // workloads; empty: all
-	configs []string // beside the baseline; empty: all
+	rounds   int // of the small things in each stretch, the first not counted
+	real     int // of the real workloads, likewise
+	commands int
+	only     []string // workloads; empty: all
+	configs  []string // beside the baseline; empty: all
 }
 
 // bench measures in a guest.
@@ -86,7 +87,7 @@ func (b *bench) wanted(config string) bool {
 
 func (b *bench) setUp() error {
 	b.stretch = map[string]int{}
-	for _, w := range workloads() {
+	for _, w := range workloads(b.commands) {
 		if len(b.only) == 0 || slices.Contains(b.only, w.name) {
 			b.list = append(b.list, w)
 		}

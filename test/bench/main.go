@@ -54,6 +54,7 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 	f.DurationVar(&o.limit, "limit", time.Hour, "time for each guest")
 	f.IntVar(&o.plan.rounds, "rounds", 4, "rounds of small things in each stretch, the first not counted")
 	f.IntVar(&o.plan.real, "real", 3, "rounds of real workloads in each stretch, the first not counted")
+	f.IntVar(&o.plan.commands, "commands", 2000, "how many short commands make one workload")
 	f.StringVar(&o.parts, "parts", "costs,tables,swaps", "which guests to run")
 	f.StringVar(&o.work, "work", "", "keep what the guests are given in this directory, and use what is there already")
 	only := f.String("only", "", "workloads to measure, with commas; default: all")
@@ -62,7 +63,7 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 		return err
 	}
 	var err error
-	if o.plan.only, err = choose(*only, names(workloads())); err != nil {
+	if o.plan.only, err = choose(*only, names(workloads(o.plan.commands))); err != nil {
 		return err
 	}
 	if o.plan.configs, err = choose(*cfgs, configs()); err != nil {
@@ -102,7 +103,7 @@ func measure(ctx context.Context, o options, out, log io.Writer) error {
 	if err != nil {
 		return err
 	}
-	r := Report{Kernel: k.Release, Rows: summarise(c.samples, workloads()), Facts: c.facts, Samples: c.samples}
+	r := Report{Kernel: k.Release, Rows: summarise(c.samples, workloads(o.plan.commands)), Facts: c.facts, Samples: c.samples}
 	r.Missed = missed(r.Rows, 0)
 	if err := r.print(out); err != nil {
 		return err
@@ -199,7 +200,7 @@ func costs(ctx context.Context, o options, k vm.Kernel, kernels []vm.Kernel, p *
 			return vm.Result{}, fmt.Errorf("release of %d digests: %w", n, err)
 		}
 	}
-	args := fmt.Sprintf("-rounds=%d -real=%d -only=%s -configs=%s", o.plan.rounds, o.plan.real, strings.Join(o.plan.only, ","), strings.Join(o.plan.configs, ","))
+	args := fmt.Sprintf("-rounds=%d -real=%d -commands=%d -only=%s -configs=%s", o.plan.rounds, o.plan.real, o.plan.commands, strings.Join(o.plan.only, ","), strings.Join(o.plan.configs, ","))
 	return vm.RunDebian(ctx, vm.DebianGuest{
 		Image: image, Kernel: k, Payload: p.dir, Output: out, Machine: vm.Machine{MemMiB: 3072, ICount: true},
 		Script: "#!/bin/sh\nexec " + buildDir + "/bench -role costs " + args + "\n",

@@ -85,7 +85,7 @@ func (p *preparer) build(ctx context.Context) error {
 		{"gcc", "-O2", "-Wall", "-static", "-o", b + "/micro", s + "micro.c"},
 		{"gcc", "-O2", "-static", "-nostdlib", "-o", b + "/tiny", s + "tiny.c"},
 		{"cp", self, b + "/bench"},
-		{"cp", s + "opens.py", s + "opens.sh", s + "commands.sh", s + "imports.py", b},
+		{"cp", s + "opens.py", s + "opens.sh", s + "imports.py", b},
 		{"cp", p.ringwall, p.path("ringwall")},
 	} {
 		if err := p.command(ctx, "", argv...); err != nil {

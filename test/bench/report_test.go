@@ -116,7 +116,7 @@ func TestNumbered_differs(t *testing.T) {
 
 func TestWorkloads_named(t *testing.T) {
 	seen := map[string]bool{}
-	for _, w := range workloads() {
+	for _, w := range workloads(10) {
 		if seen[w.name] || w.about == "" || w.ops < 1 {
 			t.Errorf("workload %+v", w)
 		}

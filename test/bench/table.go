@@ -140,7 +140,7 @@ func smallThings(ctx context.Context, out io.Writer, in, when string) error {
 		return err
 	}
 	defer g.Close()
-	for _, w := range workloads() {
+	for _, w := range workloads(10) {
 		if !strings.HasPrefix(w.argv[0], buildDir) {
 			continue
 		}
@@ -225,7 +225,7 @@ func (e *engine) profile(ctx context.Context) error {
 		return fmt.Errorf("count runs of programs: %w", err)
 	}
 	defer stats.Close()
-	for _, w := range workloads() {
+	for _, w := range workloads(10) {
 		if !strings.HasPrefix(w.argv[0], buildDir) {
 			continue
 		}

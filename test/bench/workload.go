@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	_ "embed"
 	"fmt"
 	"os"
 	"os/exec"
@@ -48,8 +49,12 @@ type workload struct {
 	printed bool
 }
 
-// workloads lists what is measured, the small things first.
-func workloads() []workload {
+//go:embed testdata/commands.sh
+var commandsScript string
+
+// workloads lists what is measured, the small things first. commands is how
+// many short commands make one of the real workloads.
+func workloads(commands int) []workload {
 	micro := func(what string, n int, arg ...string) []string {
 		return append([]string{buildDir + "/micro", what, strconv.Itoa(n)}, arg...)
 	}
@@ -63,7 +68,7 @@ func workloads() []workload {
 		{name: "fork", about: "fork, exit, wait", ops: 200, argv: micro("fork", 200), printed: true},
 		{name: "make", about: "make of a C project of 8 files (gcc, as, ld)", kind: kindReal, ops: 1, prepare: writeCProject, argv: []string{"/usr/bin/make", "-s", "-C", cProject}},
 		{name: "go-build", about: "go build of a module of 3 packages, standard library compiled", kind: kindReal, ops: 1, prepare: writeGoModule, argv: []string{"/usr/bin/go", "build", "-o", goModule + "/prog", "./cmd"}},
-		{name: "commands", about: "sh running 2,000 short commands (coreutils)", kind: kindReal, ops: 1, argv: []string{"/bin/sh", buildDir + "/commands.sh"}},
+		{name: "commands", about: "sh running short commands (coreutils), of one", kind: kindReal, ops: commands, argv: []string{"/bin/sh", "-c", commandsScript, "sh", strconv.Itoa(commands / 10)}},
 		{name: "imports", about: "python3 importing 13 modules of its library", kind: kindReal, ops: 1, argv: []string{"/usr/bin/python3", buildDir + "/imports.py"}},
 	}
 }
