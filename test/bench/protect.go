@@ -160,8 +160,9 @@ func installFapolicyd(ctx context.Context) error {
 	if err := errors.Join(os.RemoveAll("/etc/fapolicyd/rules.d"), os.MkdirAll("/etc/fapolicyd/rules.d", 0o755)); err != nil { //nolint:gosec // as it was
 		return err
 	}
-	// README-rules: fapolicyd.rules.known-libs
-	for _, n := range []string{"10-languages", "20-dracut", "21-updaters", "30-patterns", "40-bad-elf", "41-shared-obj", "42-trusted-elf", "70-trusted-lang", "72-shell", "90-deny-execute", "95-allow-open"} {
+	// README-rules: fapolicyd.rules.known-libs; without 20-dracut, which lets
+	// root run everything.
+	for _, n := range []string{"10-languages", "21-updaters", "30-patterns", "40-bad-elf", "41-shared-obj", "42-trusted-elf", "70-trusted-lang", "72-shell", "90-deny-execute", "95-allow-open"} {
 		if err := quiet(ctx, "cp", "/usr/share/fapolicyd/sample-rules/"+n+".rules", "/etc/fapolicyd/rules.d/"); err != nil {
 			return err
 		}
