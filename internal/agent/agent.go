@@ -102,10 +102,12 @@ type Agent struct {
 	applied time.Time
 	canary  Canary
 	relaxed relaxation
-	running []enforce.Running // unlisted, when enforcement began
-	stop    context.CancelFunc
-	volumes map[uint64]integrity.Digest
-	problem []string // what went wrong and has not been put right
+	// unsettled: what is in force could not be stored yet; see settle.
+	unsettled bool
+	running   []enforce.Running // unlisted, when enforcement began
+	stop      context.CancelFunc
+	volumes   map[uint64]integrity.Digest
+	problem   []string // what went wrong and has not been put right
 }
 
 // Canary is the last proof that the kernel acts on the policy.
@@ -336,10 +338,18 @@ func (a *Agent) begin(ctx context.Context) error {
 		return err
 	}
 	a.tellEarly()
+	if err := a.state.sweep(); err != nil {
+		a.log.WarnContext(ctx, "what a crash left behind", "error", err)
+	}
 	if err := a.enact(ctx, l); err != nil {
 		return err
 	}
-	return a.settle(ctx, l)
+	err = a.settle(ctx, l)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		a.note(err.Error()) // it is enforced all the same, and without an agent nobody would tell
+		return nil
+	}
+	return err
 }
 
 // tellEarly raises an alert if the early start at boot failed: then programs ran
@@ -382,16 +392,10 @@ func (a *Agent) enact(ctx context.Context, l *loaded) error {
 }
 
 // settle confirms what enact put in force: it survives a restart from here on.
+// If that fails (a full disk), the policy stays in force and tend tries again:
+// after a restart before that, the one before is in force.
 func (a *Agent) settle(ctx context.Context, l *loaded) error {
-	if err := a.state.follow(l.policy.Trust); err != nil {
-		return err
-	}
-	if err := a.state.confirm(l.bundle); err != nil {
-		return err
-	}
-	if err := a.floor.Raise(l.policy.Epoch); err != nil {
-		return fmt.Errorf("raise the epoch floor: %w", err)
-	}
+	a.unsettled = true
 	if err := a.enforcer.Protect(); err != nil {
 		return err
 	}
@@ -405,6 +409,18 @@ func (a *Agent) settle(ctx context.Context, l *loaded) error {
 			a.running = append(a.running, r)
 		}
 	}
+	// In this order: load makes sure that whoever signed a policy is among those
+	// that it trusts, so a crash between the two leaves one that is believed.
+	if err := a.state.confirm(l.bundle); err != nil {
+		return fmt.Errorf("epoch %d is in force, but not stored: %w", l.policy.Epoch, err)
+	}
+	if err := a.state.follow(l.policy.Trust); err != nil {
+		return err
+	}
+	if err := a.floor.Raise(l.policy.Epoch); err != nil {
+		return fmt.Errorf("raise the epoch floor: %w", err)
+	}
+	a.unsettled = false
 	a.applyKnobs()
 	a.pipe.notice(noticePolicy, fmt.Sprintf("policy %s, epoch %d, is in force: %s", l.policy.Name, l.policy.Epoch, a.headline()))
 	for _, s := range l.skipped {
@@ -461,6 +477,11 @@ func (a *Agent) tend(ctx context.Context) {
 	if next := a.loaded.compiled.NextChange; !next.IsZero() && !a.clock.now().Before(next) {
 		if err := a.recompile(ctx); err != nil {
 			a.note("recompile after an exception ran out: " + err.Error())
+		}
+	}
+	if a.unsettled {
+		if err := a.settle(ctx, a.loaded); err != nil {
+			a.log.ErrorContext(ctx, "the policy in force is not confirmed", "error", err)
 		}
 	}
 	if a.opts.Now().Sub(a.canary.At) >= canaryEvery {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -265,4 +266,93 @@ func TestAgent_anotherStateDirectory(t *testing.T) {
 		t.Errorf("epoch %d is in the kernel", got)
 	}
 	l.start()
+}
+
+// A policy that cannot be stored is in force and says that it is not confirmed;
+// handing it in again confirms it, and so does time.
+func TestApplyPolicy_cannotBeStored(t *testing.T) {
+	l := newLab(t)
+	l.prepare(l.policy(5, "audit", ""))
+	l.start()
+	next := l.policy(6, "audit", "")
+	// the name is taken by a directory: no rename replaces it
+	stored := filepath.Join(l.state(), filePolicy)
+	if err := errors.Join(os.Remove(stored), os.MkdirAll(filepath.Join(stored, "x"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	var s Status
+	if err := l.client().Call(t.Context(), "policy", PolicyRequest{Policy: next}, &s); err == nil {
+		t.Fatal("confirmed what could not be stored")
+	}
+	if got := l.status().Policy.Epoch; got != 6 {
+		t.Errorf("epoch %d is in force", got)
+	}
+	if err := os.RemoveAll(stored); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.client().Call(t.Context(), "policy", PolicyRequest{Policy: next}, &s); err != nil {
+		t.Fatal(err)
+	}
+	l.stop()
+	l.start()
+	if got := l.status().Policy.Epoch; got != 6 {
+		t.Errorf("after a restart epoch %d is in force", got)
+	}
+}
+
+// Authorities change in two steps, and after each a restart believes the policy.
+func TestApplyPolicy_changesAuthority(t *testing.T) {
+	l := newLab(t)
+	l.prepare(l.policy(5, "audit", ""))
+	l.start()
+	old := l.keys
+	next := l.authority("next")
+	next.TSA = old.TSA // the timestamp authority stays
+	l.keys = next
+	onlyNew := l.policyYAML(7, "audit", "")
+	cert := strings.ReplaceAll(strings.TrimSpace(string(pki.EncodeCertificate(old.Issuers[pki.PurposePolicy].Cert))), "\n", "\n        ")
+	both := strings.Replace(l.policyYAML(6, "audit", ""), "  timestamps:", "    - name: old\n      signs: [policy]\n      certificate: |\n        "+cert+"\n  timestamps:", 1)
+	apply := func(b []byte) error {
+		var s Status
+		return l.client().Call(t.Context(), "policy", PolicyRequest{Policy: b}, &s)
+	}
+	if err := apply(l.signedBy(old, onlyNew)); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("a policy that does not trust its own signer: %v", err)
+	}
+	if err := apply(l.signedBy(old, both)); err != nil {
+		t.Fatal(err)
+	}
+	l.stop()
+	l.start()
+	if err := apply(l.signedBy(next, onlyNew)); err != nil {
+		t.Fatal(err)
+	}
+	l.stop()
+	l.start()
+	if got := l.status().Policy.Epoch; got != 7 {
+		t.Errorf("epoch %d is in force", got)
+	}
+}
+
+// What a crash left behind is removed, and nothing else is.
+func TestAgent_sweeps(t *testing.T) {
+	l := newLab(t)
+	l.prepare(l.policy(5, "audit", ""))
+	half := []string{".policy.json.tmp-1", "incoming/deb-2", "packages/.x.json.tmp-3"}
+	for _, n := range half {
+		if err := os.WriteFile(filepath.Join(l.state(), n), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.start()
+	for _, n := range half {
+		if _, err := os.Lstat(filepath.Join(l.state(), n)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", n, err)
+		}
+	}
+	for _, n := range []string{filePolicy, fileAnchor, "floor/epoch", "floor/key"} {
+		if _, err := os.Lstat(filepath.Join(l.state(), n)); err != nil {
+			t.Error(err)
+		}
+	}
 }

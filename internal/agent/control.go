@@ -270,7 +270,12 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 	}
 	if a.loaded != nil && bytes.Equal(a.loaded.bundle, q.Policy) {
 		if len(q.Releases) > 0 {
-			return a.recompile(ctx)
+			if err := a.recompile(ctx); err != nil {
+				return err
+			}
+		}
+		if a.unsettled {
+			return a.settle(ctx, a.loaded)
 		}
 		return nil
 	}

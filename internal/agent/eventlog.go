@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of the log on disk: LogFiles files of about LogSize bytes.
@@ -32,7 +34,7 @@ const maxWaiting = 4 << 20 // bytes
 
 func openLog(dir string) (*eventLog, error) {
 	l := &eventLog{dir: dir}
-	if err := l.open(); err != nil {
+	if err := l.open(); err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		return nil, fmt.Errorf("open the event log: %w", err)
 	}
 	return l, nil
@@ -47,25 +49,28 @@ func (l *eventLog) open() error {
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
-	l.f, l.size = f, st.Size()
-	return l.endLine()
+	size, err := endLine(f, st.Size())
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	l.f, l.size = f, size
+	return nil
 }
 
-// endLine completes a line that a crash or a full disk cut.
-func (l *eventLog) endLine() error {
-	if l.size == 0 {
-		return nil
+// endLine completes a line that a crash or a full disk cut, and gives the size.
+func endLine(f *os.File, size int64) (int64, error) {
+	if size == 0 {
+		return 0, nil
 	}
 	var last [1]byte
-	if _, err := l.f.ReadAt(last[:], l.size-1); err != nil {
-		return err
+	if _, err := f.ReadAt(last[:], size-1); err != nil {
+		return size, err
 	}
 	if last[0] == '\n' {
-		return nil
+		return size, nil
 	}
-	n, err := l.f.Write([]byte{'\n'})
-	l.size += int64(n)
-	return err
+	n, err := f.Write([]byte{'\n'})
+	return size + int64(n), err
 }
 
 // write appends a record. It does not fail: see eventLog.
@@ -99,8 +104,13 @@ func (l *eventLog) flush() bool {
 }
 
 func (l *eventLog) append(b []byte) error {
-	if l.f == nil || l.size+int64(len(b)) > LogSize {
+	if l.f != nil && l.size+int64(len(b)) > LogSize {
 		if err := l.rotate(); err != nil {
+			return err
+		}
+	}
+	if l.f == nil {
+		if err := l.open(); err != nil {
 			return err
 		}
 	}
@@ -116,11 +126,11 @@ func (l *eventLog) append(b []byte) error {
 	return err
 }
 
+// rotate makes room for a new file, which append opens. It happens only with a
+// file that is full: to try again must not push old files out.
 func (l *eventLog) rotate() error {
-	if l.f != nil {
-		_ = l.f.Close()
-		l.f = nil
-	}
+	_ = l.f.Close()
+	l.f = nil
 	name := filepath.Join(l.dir, logName)
 	for i := LogFiles - 1; i >= 1; i-- {
 		from := name
@@ -131,7 +141,7 @@ func (l *eventLog) rotate() error {
 			return err
 		}
 	}
-	return l.open()
+	return nil
 }
 
 func (l *eventLog) close() {

@@ -3,6 +3,7 @@ package agent
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -199,6 +200,40 @@ func TestEventLog_diskFull(t *testing.T) {
 	if lines != kept {
 		t.Errorf("%d lines written, %d were kept", lines, kept)
 	}
+}
+
+// A log that cannot be opened for a while costs no older file, however often it
+// is tried.
+func TestEventLog_cannotOpen(t *testing.T) {
+	dir := t.TempDir()
+	l, err := openLog(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	older := filepath.Join(dir, logName+".1")
+	if err := os.WriteFile(older, []byte("{}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l.size = LogSize
+	blocked := filepath.Join(dir, logName) // by a directory, once the full file has moved on
+	l.write(&Record{Seq: 1})
+	if err := errors.Join(l.f.Close(), os.Remove(blocked), os.Mkdir(blocked, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	l.f = nil
+	for i := range 20 {
+		l.write(&Record{Seq: uint64(2 + i)})
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, logName+".2")); err != nil || string(b) != "{}\n" {
+		t.Errorf("the older file is gone: %q, %v", b, err)
+	}
+	if err := os.Remove(blocked); err != nil {
+		t.Fatal(err)
+	}
+	if !l.flush() || len(l.waiting) != 0 {
+		t.Error("does not write although it can")
+	}
+	l.close()
 }
 
 // A line that a crash cut does not spoil the next one.

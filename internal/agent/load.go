@@ -57,6 +57,10 @@ func (s *State) load(bundle []byte, self integrity.Digest, now time.Time) (*load
 	if base.Supplements != "" {
 		return nil, fmt.Errorf("policy %s adds to %s: apply it as a supplement: %w", base.Name, base.Supplements, errs.Invalid)
 	}
+	// The next start believes whom this policy trusts, and has to believe this policy.
+	if _, err := codesign.VerifyPolicy(bundle, codesign.Roots(base.Trust, codesign.SignsPolicy)); err != nil {
+		return nil, fmt.Errorf("policy %s does not trust its own signer: to change authorities, trust the old and the new one in one epoch, and sign the next with the new one: %w", base.Name, err)
+	}
 	if l.policy, err = s.withSupplements(base, l); err != nil {
 		return nil, err
 	}

@@ -253,13 +253,33 @@ func (s *State) seenSuite(name string, date time.Time) error {
 // confirm makes a policy the one that the next start begins with.
 func (s *State) confirm(bundle []byte) error {
 	old, err := readFile(s.path(filePolicy), maxBundle)
-	if err == nil && !bytes.Equal(old, bundle) {
+	if err == nil && bytes.Equal(old, bundle) {
+		return nil // a start with a full disk must not fail here
+	}
+	if err == nil {
 		err = host.WriteFile(s.path(filePrevious), old, 0o600)
 	}
 	if err != nil && !errors.Is(err, errs.NotFound) {
 		return fmt.Errorf("keep the previous policy: %w", err)
 	}
 	return host.WriteFile(s.path(filePolicy), bundle, 0o600)
+}
+
+// sweep removes what a crash left half done.
+func (s *State) sweep() error {
+	var all error
+	for _, d := range append([]string{"."}, stateDirs()...) {
+		es, err := os.ReadDir(s.path(d))
+		all = errors.Join(all, err)
+		for _, e := range es {
+			// host.WriteFile's, intake.copy's and the canary's names
+			half, _ := filepath.Match(".*.tmp-*", e.Name())
+			if half || d == dirIncoming || d == dirCanary {
+				all = errors.Join(all, os.RemoveAll(s.path(d, e.Name())))
+			}
+		}
+	}
+	return all
 }
 
 // stored lists the stems of a directory's files with an ending, sorted.
