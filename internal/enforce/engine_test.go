@@ -115,6 +115,15 @@ func playRole(role string) int {
 		return code(unix.FinitModule(int(f.Fd()), "", 0))
 	case "agent":
 		return agentRole()
+	case "cost-open", "cost-exec":
+		return costRole(role, args[0])
+	case "relay":
+		return relayRole()
+	case "told":
+		return toldRole()
+	case "fuse":
+		fuseServer(os.NewFile(3, "fuse"), canaryProgram("amd64", canaryMark))
+		return 0
 	case "nothing":
 		return 0
 	case "read-absolute":

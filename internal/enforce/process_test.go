@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -281,4 +282,68 @@ func TestEventFlood(t *testing.T) {
 		t.Errorf("%d events are missing, %d were counted as lost", missing, drops)
 	}
 	t.Logf("%d of %d events were lost and counted", drops, n)
+}
+
+// relayRole starts a process that the engine knows nothing of: a child of one
+// without roles. It says "x", waits for input and then makes memory executable.
+func relayRole() int {
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), "ENFORCE_TEST_ROLE=told")
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if err := c.Run(); err != nil {
+		return c.ProcessState.ExitCode()
+	}
+	return 0
+}
+
+func toldRole() int {
+	fmt.Print("x")
+	if _, err := os.Stdin.Read(make([]byte, 1)); err != nil {
+		return 10
+	}
+	return code(memoryRole("anonymous"))
+}
+
+// Programs that ran before the engine get the roles of their content.
+func TestAdopt(t *testing.T) {
+	for _, adopt := range []bool{false, true} {
+		l := newLab(t)
+		c := l.roleCommand("relay")
+		c.Stdout = nil
+		out, err := c.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, err := c.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		l.allow(l.read("/proc/self/exe"), integrity.RoleJIT, 0)
+		l.apply()
+		if adopt {
+			running, err := l.e.Adopt(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			listed := map[bool]int{}
+			for _, r := range running {
+				listed[r.Listed]++
+			}
+			if listed[true] < 2 || listed[false] < 1 { // the two children; process 1
+				t.Errorf("running: %+v", running)
+			}
+		}
+		if _, err := in.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Wait(); (err == nil) != adopt {
+			t.Errorf("adopted %v: %v", adopt, err)
+		}
+	}
 }
