@@ -93,7 +93,7 @@ func (s aptSource) copyLists(to string) error {
 	if err := os.Mkdir(to, 0o755); err != nil {
 		return err
 	}
-	for _, pattern := range []string{"*_InRelease", "*_Packages"} {
+	for _, pattern := range []string{"*_InRelease", "*_Packages", "*_Packages.*"} {
 		files, err := filepath.Glob(filepath.Join(s.lists, pattern))
 		if err != nil {
 			return err
