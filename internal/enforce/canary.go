@@ -212,11 +212,14 @@ func (e *Engine) intoScope(c *exec.Cmd) (*os.File, error) {
 
 // canaryDir makes a private directory where programs can be started.
 func (e *Engine) canaryDir() (string, error) {
-	places := []string{e.opts.CanaryDir, "/var/lib/ringwall", "/var/tmp", "/tmp"}
+	places := []string{e.opts.CanaryDir, "/var/lib/ringwall", "/var/tmp", "/tmp", "/dev/shm"}
 	for _, place := range places {
 		var fs unix.Statfs_t
 		if place == "" || unix.Statfs(place, &fs) != nil || fs.Flags&(unix.ST_NOEXEC|unix.ST_RDONLY) != 0 {
 			continue
+		}
+		if fs.Blocks != 0 && fs.Bavail < 16 {
+			continue // full: the proof must not wait for somebody to clean up
 		}
 		dir, err := os.MkdirTemp(place, "canary-") // mode 0700
 		if err != nil {
@@ -224,5 +227,5 @@ func (e *Engine) canaryDir() (string, error) {
 		}
 		return dir, nil
 	}
-	return "", fmt.Errorf("no writable directory without noexec among %v: %w", places[1:], errs.Unsupported)
+	return "", fmt.Errorf("no writable directory with room and without noexec among %v: %w", places[1:], errs.Unsupported)
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -13,6 +14,16 @@ import (
 // costRole does one thing many times and prints the nanoseconds of each; the
 // least of several blocks, because the first ones fill caches.
 func costRole(what, path string) int {
+	// as a child of a child: one that has no roles to lose
+	if role, ok := strings.CutPrefix(what, "relay-"); ok {
+		c := exec.Command("/proc/self/exe", path)
+		c.Env = append(os.Environ(), "ENFORCE_TEST_ROLE="+role)
+		c.Stdout, c.Stderr = os.Stdout, os.Stderr
+		if c.Run() != nil {
+			return 1
+		}
+		return 0
+	}
 	n, do := 5000, func() error {
 		f, err := os.Open(path)
 		if err == nil {
@@ -58,7 +69,7 @@ func TestCost(t *testing.T) {
 	run := func(c *exec.Cmd, role string) float64 {
 		t.Helper()
 		var out bytes.Buffer
-		c.Env, c.Stdout = append(os.Environ(), "ENFORCE_TEST_ROLE="+role), &out
+		c.Env, c.Stdout = append(os.Environ(), "ENFORCE_TEST_ROLE=relay-"+role), &out
 		if err := c.Run(); err != nil {
 			t.Fatalf("%s: %v", role, err)
 		}

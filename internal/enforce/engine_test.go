@@ -115,7 +115,7 @@ func playRole(role string) int {
 		return code(unix.FinitModule(int(f.Fd()), "", 0))
 	case "agent":
 		return agentRole()
-	case "cost-open", "cost-exec":
+	case "cost-open", "cost-exec", "relay-cost-open", "relay-cost-exec":
 		return costRole(role, args[0])
 	case "relay":
 		return relayRole()

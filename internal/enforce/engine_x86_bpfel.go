@@ -255,12 +255,12 @@ const (
 	engineProgRwMovememory    = "rw_movememory"
 	engineProgRwMprotect      = "rw_mprotect"
 	engineProgRwOpen          = "rw_open"
+	engineProgRwOpenEarly     = "rw_open_early"
 	engineProgRwPersonality   = "rw_personality"
 	engineProgRwPersonality32 = "rw_personality_32"
 	engineProgRwPivotroot     = "rw_pivotroot"
 	engineProgRwPtrace        = "rw_ptrace"
 	engineProgRwRead          = "rw_read"
-	engineProgRwReadEarly     = "rw_read_early"
 	engineProgRwRemoveAcl     = "rw_remove_acl"
 	engineProgRwRemovexattr   = "rw_removexattr"
 	engineProgRwRename        = "rw_rename"
@@ -350,12 +350,12 @@ type engineProgramSpecs struct {
 	RwMovememory    *ebpf.ProgramSpec `ebpf:"rw_movememory"`
 	RwMprotect      *ebpf.ProgramSpec `ebpf:"rw_mprotect"`
 	RwOpen          *ebpf.ProgramSpec `ebpf:"rw_open"`
+	RwOpenEarly     *ebpf.ProgramSpec `ebpf:"rw_open_early"`
 	RwPersonality   *ebpf.ProgramSpec `ebpf:"rw_personality"`
 	RwPersonality32 *ebpf.ProgramSpec `ebpf:"rw_personality_32"`
 	RwPivotroot     *ebpf.ProgramSpec `ebpf:"rw_pivotroot"`
 	RwPtrace        *ebpf.ProgramSpec `ebpf:"rw_ptrace"`
 	RwRead          *ebpf.ProgramSpec `ebpf:"rw_read"`
-	RwReadEarly     *ebpf.ProgramSpec `ebpf:"rw_read_early"`
 	RwRemoveAcl     *ebpf.ProgramSpec `ebpf:"rw_remove_acl"`
 	RwRemovexattr   *ebpf.ProgramSpec `ebpf:"rw_removexattr"`
 	RwRename        *ebpf.ProgramSpec `ebpf:"rw_rename"`
@@ -499,12 +499,12 @@ type enginePrograms struct {
 	RwMovememory    *ebpf.Program `ebpf:"rw_movememory"`
 	RwMprotect      *ebpf.Program `ebpf:"rw_mprotect"`
 	RwOpen          *ebpf.Program `ebpf:"rw_open"`
+	RwOpenEarly     *ebpf.Program `ebpf:"rw_open_early"`
 	RwPersonality   *ebpf.Program `ebpf:"rw_personality"`
 	RwPersonality32 *ebpf.Program `ebpf:"rw_personality_32"`
 	RwPivotroot     *ebpf.Program `ebpf:"rw_pivotroot"`
 	RwPtrace        *ebpf.Program `ebpf:"rw_ptrace"`
 	RwRead          *ebpf.Program `ebpf:"rw_read"`
-	RwReadEarly     *ebpf.Program `ebpf:"rw_read_early"`
 	RwRemoveAcl     *ebpf.Program `ebpf:"rw_remove_acl"`
 	RwRemovexattr   *ebpf.Program `ebpf:"rw_removexattr"`
 	RwRename        *ebpf.Program `ebpf:"rw_rename"`
@@ -552,12 +552,12 @@ func (p *enginePrograms) Close() error {
 		p.RwMovememory,
 		p.RwMprotect,
 		p.RwOpen,
+		p.RwOpenEarly,
 		p.RwPersonality,
 		p.RwPersonality32,
 		p.RwPivotroot,
 		p.RwPtrace,
 		p.RwRead,
-		p.RwReadEarly,
 		p.RwRemoveAcl,
 		p.RwRemovexattr,
 		p.RwRename,

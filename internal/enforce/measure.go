@@ -12,7 +12,7 @@ import (
 // MustMeasure reports whether authorised scripts have to be measured before an
 // interpreter opens them, see Measure: this kernel cannot hash at that moment.
 func (e *Engine) MustMeasure() bool {
-	_, early := e.links["rw_read_early"]
+	_, early := e.links["rw_open_early"]
 	return early
 }
 

@@ -127,7 +127,9 @@ func dropUnsupported(spec *ebpf.CollectionSpec) error {
 		}
 	}
 	if params("bpf_lsm_file_post_open") >= 0 {
-		delete(spec.Programs, "rw_read_early")
+		delete(spec.Programs, "rw_open_early")
+	} else {
+		delete(spec.Programs, "rw_open")
 	}
 	if params("bpf_lsm_inode_setattr") == 2 {
 		delete(spec.Programs, "rw_setattr")

@@ -82,12 +82,14 @@ static __always_inline long judge(struct steering *c, struct generation *s, stru
 
 static __always_inline struct task *task_info(struct task_struct *t)
 {
-	struct task *i = bpf_task_storage_get(&tasks, t, 0, 0);
-	if (i)
-		return i;
+	if (!bpf_core_field_exists(t->bpf_storage) || t->bpf_storage) { /* spares nearly every open the look-up */
+		struct task *i = bpf_task_storage_get(&tasks, t, 0, 0);
+		if (i)
+			return i;
+	}
 	struct steering *c = steering();
 	__u64 start = t->group_leader->start_boottime;
-	if (!c || start >= c->adopted_until_ns) /* spares nearly every open the second look-up */
+	if (!c || start >= c->adopted_until_ns) /* and the second one */
 		return NULL;
 	__u32 tgid = t->tgid;
 	struct adoption *a = bpf_map_lookup_elem(&adopted, &tgid);

@@ -144,9 +144,7 @@ static __always_inline long judge_write(struct steering *c, struct generation *s
 	return refuse(c, s, &r, true);
 }
 
-/* Each open. Most are not for writing: one test. */
-SEC("lsm.s/file_open")
-long BPF_PROG(rw_open, struct file *file)
+static __always_inline long opened_for_writing(struct file *file)
 {
 	if (!(file->f_mode & FMODE_WRITE))
 		return 0;
@@ -166,6 +164,23 @@ long BPF_PROG(rw_open, struct file *file)
 			__sync_fetch_and_add(&w->count, 1);
 	}
 	return rc;
+}
+
+/* Each open. Most are not for writing: one test. */
+SEC("lsm/file_open")
+long BPF_PROG(rw_open, struct file *file) { return opened_for_writing(file); }
+
+/*
+ * The same where file_post_open is missing, with what rw_read does elsewhere.
+ * The file is not yet open enough to be hashed, so only content that was
+ * measured before has an identity: by execve, by mmap, or by the agent
+ * (rw_measure).
+ */
+SEC("lsm/file_open")
+long BPF_PROG(rw_open_early, struct file *file)
+{
+	long rc = opened_for_writing(file);
+	return rc ? rc : opened_for_reading(file, false);
 }
 
 SEC("lsm/path_truncate")

@@ -578,14 +578,6 @@ static __always_inline long opened_for_reading(struct file *file, bool may_hash)
 SEC("lsm.s/file_post_open")
 long BPF_PROG(rw_read, struct file *file, int mask) { return opened_for_reading(file, true); }
 
-/*
- * The same where that hook is missing. The file is not yet open enough to be
- * hashed, so only content that was measured before has an identity: by execve,
- * by mmap, or by the agent (rw_measure).
- */
-SEC("lsm.s/file_open")
-long BPF_PROG(rw_read_early, struct file *file) { return opened_for_reading(file, false); }
-
 /* flock(2) by the agent measures a file: its identity is known from then on. Fails if it has none. */
 SEC("lsm.s/file_lock")
 long BPF_PROG(rw_measure, struct file *file, unsigned int cmd)

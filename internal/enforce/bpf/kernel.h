@@ -84,6 +84,7 @@ struct task_struct {
 	struct mm_struct *mm;
 	struct fs_struct *fs;
 	struct nsproxy *nsproxy;
+	void *bpf_storage;
 	struct hlist_node pid_links[4];
 };
 
