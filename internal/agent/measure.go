@@ -145,14 +145,17 @@ func (m *measurer) watch(ctx context.Context) {
 	if m == nil {
 		return
 	}
-	tick := time.NewTicker(expectPeriod)
-	defer tick.Stop()
+	next := time.NewTimer(expectPeriod)
+	defer next.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-next.C:
+			began := time.Now()
 			m.poll()
+			// many paths must not keep a processor busy
+			next.Reset(max(expectPeriod, 9*time.Since(began)))
 		}
 	}
 }

@@ -37,6 +37,8 @@ type PackageResult struct {
 	State   string `json:"state"` // trusted, known (was trusted before), refused
 	Records int    `json:"records,omitempty"`
 	Why     string `json:"why,omitempty"` // of refused
+
+	deb integrity.Digest
 }
 
 // indexed is a package as a signed index lists it.
@@ -67,7 +69,9 @@ func (a *Agent) TrustPackages(ctx context.Context, files []string) ([]PackageRes
 		if err := a.recompile(ctx); err != nil {
 			return nil, fmt.Errorf("trust packages: %w", err)
 		}
-		a.measurer.expect(a.loaded.scripts) // dpkg will put new files in the place of some
+	}
+	if a.measurer != nil { // dpkg is about to write these, those of known packages again
+		a.measurer.expect(a.state.scriptsOf(out, a.loaded.policy.Trust))
 	}
 	for _, r := range out {
 		if r.State == "refused" {
@@ -95,6 +99,7 @@ func (s *State) trustPackages(ctx context.Context, root string, files []string, 
 			results[i].Why = err.Error()
 			continue
 		}
+		results[i].deb = c.digest
 		if p, err := s.packageRecord(c.digest.String()); err == nil {
 			results[i].State, results[i].Package, results[i].Version = "known", p.Package, p.Version
 			continue
@@ -117,6 +122,24 @@ func (s *State) trustPackages(ctx context.Context, root string, files []string, 
 		added++
 	}
 	return results, added, nil
+}
+
+// scriptsOf lists where the scripts of packages lie that were not refused.
+func (s *State) scriptsOf(list []PackageResult, t integrity.Trust) []string {
+	var l loaded
+	for _, r := range list {
+		if r.State == "refused" {
+			continue
+		}
+		src, err := s.packageSource(r.deb.String(), t)
+		if err != nil {
+			continue // load reports it
+		}
+		for range l.noteScripts(src).Files {
+			// noteScripts does it
+		}
+	}
+	return l.scripts
 }
 
 // intake verifies package files.

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
@@ -162,5 +163,33 @@ func TestPackages_damagedOnDisk(t *testing.T) {
 	trust := integrity.Trust{Archives: []integrity.Archive{{Name: "debian"}}}
 	if _, err := s.packageSource(p.Deb.String(), trust); !errors.Is(err, errs.Untrusted) {
 		t.Errorf("%v", err)
+	}
+}
+
+// The scripts of a package are measured when dpkg writes them, also of one that
+// was known before and is installed again.
+func TestScriptsOf(t *testing.T) {
+	s := newState(t)
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "tool"), []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	b, err := codesign.Build(codesign.DirSource(os.DirFS(dir)), codesign.Options{AllFiles: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &storedPackage{Archive: "debian", Package: "x", Version: "1", Deb: integrity.Digest{1}}
+	if err := s.addPackage(p, b.Catalogue, b.Names); err != nil {
+		t.Fatal(err)
+	}
+	trust := integrity.Trust{Archives: []integrity.Archive{{Name: "debian"}}}
+	for state, want := range map[string]int{"trusted": 1, "known": 1, "refused": 0} {
+		got := s.scriptsOf([]PackageResult{{State: state, deb: p.Deb}}, trust)
+		if len(got) != want || want == 1 && got[0] != "/tool" {
+			t.Errorf("%s: %q", state, got)
+		}
+	}
+	if got := s.scriptsOf([]PackageResult{{State: "known", deb: p.Deb}}, integrity.Trust{}); len(got) != 0 {
+		t.Errorf("without trust in the archive: %q", got)
 	}
 }
