@@ -33,6 +33,7 @@ type bench struct {
 	in, off *os.File // cgroups
 	stretch map[string]int
 	runs    int
+	refused int
 }
 
 // send writes a result for the host.
@@ -78,7 +79,13 @@ func (b *bench) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return b.baseline(ctx)
+	if err := b.baseline(ctx); err != nil {
+		return err
+	}
+	if b.refused > 0 {
+		return fmt.Errorf("authorised work was refused %d times: its figures are of other work than the baseline's: %w", b.refused, errs.Conflict)
+	}
+	return nil
 }
 
 func (b *bench) wanted(config string) bool {
@@ -165,7 +172,7 @@ func (b *bench) scoped(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.fact("agent start until enforcement is proven", float64(time.Since(start)), "instructions"); err != nil {
+	if err := b.fact("agent start until enforcement is proven", time.Since(start).Seconds(), "s of the guest's clock, waiting for the disk included"); err != nil {
 		return err
 	}
 	b.say("attached and in scope")
@@ -211,8 +218,13 @@ func (b *bench) endAgent(ctx context.Context, a *agent, what string) error {
 			return err
 		}
 	}
-	if err := a.blocks(ctx); err != nil {
+	refused, err := a.refusals(ctx)
+	if err != nil {
 		return err
+	}
+	if len(refused) > 0 {
+		b.say("%d records of refusals, the first: %s", len(refused), refused[0])
+		b.refused += len(refused)
 	}
 	b.say("Ringwall stops")
 	return a.stop(ctx)

@@ -99,23 +99,27 @@ func choose(list string, among []string) ([]string, error) {
 // measure runs the guests and reports.
 func measure(ctx context.Context, o options, out, log io.Writer) error {
 	c := &collector{to: log}
-	k, err := runGuests(ctx, o, c, log)
-	if err != nil {
-		return err
+	k, failed := runGuests(ctx, o, c, log)
+	if len(c.samples)+len(c.facts) == 0 {
+		return failed
 	}
+	// what was measured before a failure is worth showing
 	r := Report{Kernel: k.Release, Rows: summarise(c.samples, workloads(o.plan.commands)), Facts: c.facts, Samples: c.samples}
 	r.Missed = missed(r.Rows, 0)
 	if err := r.print(out); err != nil {
-		return err
+		return errors.Join(failed, err)
 	}
 	if o.json != "" {
 		b, err := json.MarshalIndent(r, "", " ")
 		if err != nil {
-			return err
+			return errors.Join(failed, err)
 		}
 		if err := os.WriteFile(o.json, append(b, '\n'), 0o644); err != nil { //nolint:gosec // no secret
-			return err
+			return errors.Join(failed, err)
 		}
+	}
+	if failed != nil {
+		return failed
 	}
 	if m := missed(r.Rows, o.margin); o.gate && len(m) > 0 {
 		return fmt.Errorf("%w by more than %.3f: %s", errGoal, o.margin, strings.Join(m, "; "))

@@ -113,16 +113,19 @@ func (a *agent) stop(ctx context.Context) error {
 	})
 }
 
-// blocks fails if anything was refused: a measurement of refusals is none.
-func (a *agent) blocks(ctx context.Context) error {
+// refusals are the lines of the event log about what was refused.
+func (a *agent) refusals(ctx context.Context) ([]string, error) {
 	out, err := exec.CommandContext(ctx, ringwall, "events", "--blocks").CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("events: %w: %s", err, out)
+		return nil, fmt.Errorf("events: %w: %s", err, out)
 	}
-	if s := strings.TrimSpace(string(out)); s != "" {
-		return fmt.Errorf("refused during the measurement: %s: %w", s, errs.Conflict)
+	var lines []string
+	for l := range strings.Lines(string(out)) {
+		if strings.Contains(l, " BLOCK") {
+			lines = append(lines, strings.TrimSpace(l))
+		}
 	}
-	return nil
+	return lines, nil
 }
 
 // kibibytes reads a field of /proc/PID/status, such as VmRSS.
