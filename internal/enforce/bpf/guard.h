@@ -5,10 +5,10 @@
 
 static __always_inline bool name_is(const struct dentry *d, const char *want, __u32 len)
 {
-	char name[16] = {};
-	if (d->d_name.len != len || len > 15)
+	char name[32] = {};
+	if (d->d_name.len != len || len > 31)
 		return false;
-	bpf_probe_read_kernel(name, len & 15, d->d_name.name);
+	bpf_probe_read_kernel(name, len & 31, d->d_name.name);
 	for (__u32 i = 0; i < len; i++)
 		if (name[i] != want[i])
 			return false;
@@ -59,7 +59,8 @@ static __always_inline __u32 process_of(struct inode *in)
 /*
  * Files that are switches: the one that turns the programs off, the agent's
  * cgroup and those above it (kill, freeze, limits), its /proc files. The service
- * manager may put processes into the agent's cgroup, as it must to start it.
+ * manager may put processes into the agent's cgroup, as it must to start it, and
+ * say which controllers the cgroups below have: that limits nothing.
  */
 static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
 {
@@ -78,7 +79,7 @@ static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
 #pragma unroll
 	for (int i = 0; i < CGROUPS; i++)
 		its |= dir == c->agent_cgroups[i];
-	if (!its || (bpf_get_current_pid_tgid() >> 32 == 1 && name_is(d, "cgroup.procs", 12)))
+	if (!its || (bpf_get_current_pid_tgid() >> 32 == 1 && (name_is(d, "cgroup.procs", 12) || name_is(d, "cgroup.subtree_control", 22))))
 		return 0;
 	return WHY_GUARD_AGENT;
 }
@@ -154,7 +155,7 @@ static __always_inline long opened_for_writing(struct file *file)
 	if (c->protect) {
 		__u16 why = is_guarded(c, file->f_path.dentry) ? WHY_GUARD_FILE : is_switch(c, file);
 		if (why && !may(R_AGENT))
-			return refuse_guard(c, why, NULL);
+			return refuse_guard(c, why, (const char *)file->f_path.dentry->d_name.name);
 	}
 	struct generation *s = settings_of(c);
 	long rc = s && in_scope(c) ? judge_write(c, s, file) : 0;
