@@ -134,7 +134,7 @@ func (h *house) take(t *testing.T, k vm.Kernel, script string, reboots int) {
 	r, err := vm.RunDebian(ctx, vm.DebianGuest{
 		Image: h.image, Kernel: k, Payload: h.payload, Script: string(text), Reboots: reboots, Output: out,
 		Env:     []string{"RINGWALL_RUNNER=" + vm.RunnerPath, fmt.Sprintf("RINGWALL_REBOOT=%d", vm.ExitReboot)},
-		Machine: vm.Machine{CPUs: 2, MemMiB: 3072},
+		Machine: vm.Machine{CPUs: 2, MemMiB: 2048},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -14,15 +14,15 @@ bad() {
 works() {
 	title=$1
 	shift
-	if "$@" >/root/out 2>&1 </dev/null; then ok "$title"; else
-		bad "$title: $(tail -n 3 /root/out | tr '\n' ' ' | cut -c1-300)"
+	if "$@" >/run/out 2>&1 </dev/null; then ok "$title"; else
+		bad "$title: $(tail -n 3 /run/out | tr '\n' ' ' | cut -c1-300)"
 	fi
 }
 # refused TITLE COMMAND…: it must not succeed.
 refused() {
 	title=$1
 	shift
-	if "$@" >/root/out 2>&1 </dev/null; then bad "$title: it worked"; else ok "$title"; fi
+	if "$@" >/run/out 2>&1 </dev/null; then bad "$title: it worked"; else ok "$title"; fi
 }
 now() { cut -d' ' -f1 /proc/uptime; }
 wait_for_agent() {
