@@ -209,7 +209,11 @@ func (p *preparer) release(n int) error {
 	if err != nil {
 		return err
 	}
-	rec, err := codesign.SignRelease(s, codesign.ReleaseInfo{Product: name, Version: "1", Epoch: 1}, cat, nil)
+	names, err := new(codesign.NameTable).Encode()
+	if err != nil {
+		return err
+	}
+	rec, err := codesign.SignRelease(s, codesign.ReleaseInfo{Product: name, Version: "1", Epoch: 1}, cat, names)
 	if err != nil {
 		return err
 	}
@@ -217,7 +221,7 @@ func (p *preparer) release(n int) error {
 	return errors.Join(
 		os.WriteFile(stem+".release.json", rec, 0o644), //nolint:gosec // public
 		os.WriteFile(stem+".cat", cat, 0o644),          //nolint:gosec // public
-		os.WriteFile(stem+".names", nil, 0o644),        //nolint:gosec // public
+		os.WriteFile(stem+".names", names, 0o644),      //nolint:gosec // public
 	)
 }
 
