@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"debug/elf"
 	"embed"
 	"encoding/base64"
@@ -209,7 +210,7 @@ func (p *preparer) release(n int) error {
 	if err != nil {
 		return err
 	}
-	names, err := new(codesign.NameTable).Encode()
+	names, err := (&codesign.NameTable{Catalogue: sha256.Sum256(cat), Names: make([][]codesign.Name, n)}).Encode()
 	if err != nil {
 		return err
 	}
