@@ -20,7 +20,7 @@ import (
 )
 
 // layout is LAYOUT of bpf/ringwall.h.
-const layout = 2
+const layout = 3
 
 // linkPrefix starts the pins of attached programs; the others are maps.
 const linkPrefix = "link_"

@@ -29,6 +29,7 @@ type engineCounts struct {
 	Misses     uint64
 	Hashed     uint64
 	HashErrors uint64
+	Quiet      uint64
 }
 
 type engineDataPath struct {
@@ -111,27 +112,37 @@ type engineIdentity struct {
 }
 
 type engineInterpreter struct {
-	_            structs.HostLayout
-	Name         [16]int8
-	Reads        uint8
-	InlineMode   uint8
-	StdinForms   uint8
-	N_suffixes   uint8
-	N_inlineLong uint8
-	N_argLong    uint8
-	Shell        uint8
-	Pad          uint8
-	InlineFlags  [2]uint64
-	ArgFlags     [2]uint64
-	StdinFlags   [2]uint64
-	InlineLong   [4]struct {
+	_             structs.HostLayout
+	Name          [16]int8
+	Reads         uint8
+	InlineMode    uint8
+	StdinForms    uint8
+	N_suffixes    uint8
+	N_inlineLong  uint8
+	N_argLong     uint8
+	Shell         uint8
+	Word          uint8
+	N_environment uint8
+	Pad           [7]uint8
+	InlineFlags   [2]uint64
+	ArgFlags      [2]uint64
+	StdinFlags    [2]uint64
+	ScriptFlags   [2]uint64
+	InlineLong    [8]struct {
 		_    structs.HostLayout
 		Word [2]uint64
 		Mask [2]uint64
 		Len  uint32
 		Pad  uint32
 	}
-	ArgLong [4]struct {
+	ArgLong [8]struct {
+		_    structs.HostLayout
+		Word [2]uint64
+		Mask [2]uint64
+		Len  uint32
+		Pad  uint32
+	}
+	Environment [8]struct {
 		_    structs.HostLayout
 		Word [2]uint64
 		Mask [2]uint64
@@ -139,16 +150,22 @@ type engineInterpreter struct {
 		Pad  uint32
 	}
 	Suffixes [8]struct {
-		_    structs.HostLayout
-		Word uint64
-		Len  uint32
-		Pad  uint32
+		_        structs.HostLayout
+		Word     uint64
+		Len      uint32
+		Bytecode uint32
 	}
 }
 
 type engineKey struct {
 	_      structs.HostLayout
 	Space  uint32
+	Digest [32]uint8
+}
+
+type engineLayer struct {
+	_      structs.HostLayout
+	InUse  uint32
 	Digest [32]uint8
 }
 
@@ -166,7 +183,12 @@ type engineScratch struct {
 		Done        bool
 		StdinForced bool
 		More        bool
-		Pad         [4]uint8
+		Script      bool
+		Doubt       bool
+		Candidate   bool
+		Pad         uint8
+		Variables   uint32
+		Pad2        uint32
 	}
 	Name   [256]int8
 	Path   [256]int8
@@ -224,12 +246,14 @@ const (
 	engineMapIdentities      = "identities"
 	engineMapInodeWrites     = "inode_writes"
 	engineMapInterpreters    = "interpreters"
+	engineMapLayers          = "layers"
 	engineMapOwnMaps         = "own_maps"
 	engineMapScratches       = "scratches"
 	engineMapSettings        = "settings"
 	engineMapTables          = "tables"
 	engineMapTasks           = "tasks"
 	engineMapVerityDevices   = "verity_devices"
+	engineProgRwAnonInode    = "rw_anon_inode"
 	engineProgRwBdevGone     = "rw_bdev_gone"
 	engineProgRwBdevRoot     = "rw_bdev_root"
 	engineProgRwBpf          = "rw_bpf"
@@ -324,6 +348,7 @@ type engineSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type engineProgramSpecs struct {
+	RwAnonInode    *ebpf.ProgramSpec `ebpf:"rw_anon_inode"`
 	RwBdevGone     *ebpf.ProgramSpec `ebpf:"rw_bdev_gone"`
 	RwBdevRoot     *ebpf.ProgramSpec `ebpf:"rw_bdev_root"`
 	RwBpf          *ebpf.ProgramSpec `ebpf:"rw_bpf"`
@@ -387,6 +412,7 @@ type engineMapSpecs struct {
 	Identities    *ebpf.MapSpec `ebpf:"identities"`
 	InodeWrites   *ebpf.MapSpec `ebpf:"inode_writes"`
 	Interpreters  *ebpf.MapSpec `ebpf:"interpreters"`
+	Layers        *ebpf.MapSpec `ebpf:"layers"`
 	OwnMaps       *ebpf.MapSpec `ebpf:"own_maps"`
 	Scratches     *ebpf.MapSpec `ebpf:"scratches"`
 	Settings      *ebpf.MapSpec `ebpf:"settings"`
@@ -432,6 +458,7 @@ type engineMaps struct {
 	Identities    *ebpf.Map `ebpf:"identities"`
 	InodeWrites   *ebpf.Map `ebpf:"inode_writes"`
 	Interpreters  *ebpf.Map `ebpf:"interpreters"`
+	Layers        *ebpf.Map `ebpf:"layers"`
 	OwnMaps       *ebpf.Map `ebpf:"own_maps"`
 	Scratches     *ebpf.Map `ebpf:"scratches"`
 	Settings      *ebpf.Map `ebpf:"settings"`
@@ -451,6 +478,7 @@ func (m *engineMaps) Close() error {
 		m.Identities,
 		m.InodeWrites,
 		m.Interpreters,
+		m.Layers,
 		m.OwnMaps,
 		m.Scratches,
 		m.Settings,
@@ -472,6 +500,7 @@ type engineVariables struct {
 //
 // It can be passed to loadEngineObjects or ebpf.CollectionSpec.LoadAndAssign.
 type enginePrograms struct {
+	RwAnonInode    *ebpf.Program `ebpf:"rw_anon_inode"`
 	RwBdevGone     *ebpf.Program `ebpf:"rw_bdev_gone"`
 	RwBdevRoot     *ebpf.Program `ebpf:"rw_bdev_root"`
 	RwBpf          *ebpf.Program `ebpf:"rw_bpf"`
@@ -524,6 +553,7 @@ type enginePrograms struct {
 
 func (p *enginePrograms) Close() error {
 	return _EngineClose(
+		p.RwAnonInode,
 		p.RwBdevGone,
 		p.RwBdevRoot,
 		p.RwBpf,

@@ -73,6 +73,23 @@ func playRole(role string) int {
 			w.Close()
 		}
 		return code(err)
+	case "map-and-write", "mmap-and-read": // map one file executable, then open another
+		f, err := os.Open(args[0])
+		if err != nil {
+			return 10
+		}
+		if mapFile(f, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE) != nil {
+			return 11
+		}
+		how := os.O_RDONLY
+		if role == "map-and-write" {
+			how = os.O_RDWR
+		}
+		w, err := os.OpenFile(args[1], how, 0)
+		if err == nil {
+			w.Close()
+		}
+		return code(err)
 	case "traceme":
 		_, _, e := syscall.RawSyscall(unix.SYS_PTRACE, unix.PTRACE_TRACEME, 0, 0)
 		if e != 0 {

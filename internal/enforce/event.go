@@ -121,6 +121,7 @@ type Counters struct {
 	Misses     uint64 `json:"digest_cache_misses"`
 	Hashed     uint64 `json:"files_hashed"`
 	HashErrors uint64 `json:"hash_errors"`
+	Quiet      uint64 `json:"bytecode_skipped"` // an interpreter's own byte code that was not authorised
 }
 
 // Counters reads them.
@@ -133,6 +134,6 @@ func readCounters(m *ebpf.Map) (Counters, error) {
 	}
 	return Counters{
 		Raised: c.Seq, Dropped: c.Drops, Refused: c.Denied, Audited: c.Audited,
-		CacheHits: c.Hits, Misses: c.Misses, Hashed: c.Hashed, HashErrors: c.HashErrors,
+		CacheHits: c.Hits, Misses: c.Misses, Hashed: c.Hashed, HashErrors: c.HashErrors, Quiet: c.Quiet,
 	}, nil
 }

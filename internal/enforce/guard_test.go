@@ -106,7 +106,6 @@ func processAttacks(g target) map[string]func() error {
 		"cgroup.kill":    func() error { return openFor(g.cgroup+"/cgroup.kill", unix.O_WRONLY) },
 		"cgroup.freeze":  func() error { return openFor(g.cgroup+"/cgroup.freeze", unix.O_WRONLY) },
 		"cgroup.procs":   func() error { return openFor(g.cgroup+"/cgroup.procs", unix.O_WRONLY) },
-		"cgroup tree":    func() error { return openFor(filepath.Dir(g.cgroup)+"/cgroup.subtree_control", unix.O_WRONLY) },
 		"cgroup limit":   func() error { return openFor(g.cgroup+"/cgroup.max.depth", unix.O_WRONLY) },
 		"cgroup above":   func() error { return openFor(filepath.Dir(g.cgroup)+"/cgroup.freeze", unix.O_WRONLY) },
 	}

@@ -202,6 +202,16 @@ func TestIdentity_dmVerity(t *testing.T) {
 		t.Errorf("does not run although its root is listed: %v", err)
 		l.logEvents()
 	}
+	// what the policy knows of the content holds there, too: it is an interpreter
+	known := l.allow(canaryProgram("amd64", "volume"), 0, 1)
+	l.table.Interpreters = []integrity.Interpreter{pythonRule()}
+	l.apply()
+	if err := l.run(volume+"/volume", "-c", "code"); err == nil {
+		t.Error("an interpreter on a trusted volume was given inline code")
+	}
+	delete(l.table.Entries, integrity.Key{Digest: known})
+	l.table.Interpreters = nil
+	l.apply()
 	// deny beats allow: one file of the volume is banned
 	banned := l.allow(canaryProgram("amd64", "volume"), 0, 0)
 	l.table.Entries[integrity.Key{Digest: banned}] = integrity.Entry{}

@@ -47,6 +47,12 @@ func memoryRole(name string) error {
 		}
 		_, err = unix.Mmap(fd, 0, 4096, rx, unix.MAP_SHARED)
 		return err
+	case "userfaultfd, alone":
+		fd, _, e := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
+		if e != 0 {
+			return e
+		}
+		return unix.Close(int(fd))
 	case "userfaultfd": // a page that user space supplies at its first use
 		return userfault()
 	}

@@ -39,7 +39,7 @@ func TestParseEvent(t *testing.T) {
 	if _, err := parseEvent(b.Bytes()[:b.Len()-1]); err == nil {
 		t.Error("a short record was accepted")
 	}
-	for r := Unlisted; r <= GuardAgent; r++ {
+	for r := Unlisted; r <= Userfault; r++ {
 		if r.Text() == "" || r.String() == "" || strings.HasPrefix(r.String(), "reason(") {
 			t.Errorf("reason %d has no words", r)
 		}

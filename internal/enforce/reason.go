@@ -28,6 +28,7 @@ const (
 	GuardSysctl                   // a setting that would switch the programs off
 	Personality                   // READ_IMPLIES_EXEC asked for
 	GuardAgent                    // limits, priority, cgroup or /proc files of the agent
+	Userfault                     // userfaultfd(2) asked for
 )
 
 var reasonText = [...]struct{ name, text string }{
@@ -51,11 +52,12 @@ var reasonText = [...]struct{ name, text string }{
 	GuardSysctl: {"guard-sysctl", "setting that would switch enforcement off"},
 	Personality: {"personality", "READ_IMPLIES_EXEC asked for, which makes memory executable unseen"},
 	GuardAgent:  {"guard-agent", "change to the limits, priority, cgroup or /proc files of the Ringwall agent"},
+	Userfault:   {"userfaultfd", "userfaultfd asked for, which supplies the pages of code that is mapped"},
 }
 
 // String returns the short name used in events.
 func (r Reason) String() string {
-	if r >= Unlisted && r <= GuardAgent {
+	if r >= Unlisted && r <= Userfault {
 		return reasonText[r].name
 	}
 	return fmt.Sprintf("reason(%d)", uint16(r))
@@ -63,7 +65,7 @@ func (r Reason) String() string {
 
 // Text explains the reason to a person.
 func (r Reason) Text() string {
-	if r >= Unlisted && r <= GuardAgent {
+	if r >= Unlisted && r <= Userfault {
 		return reasonText[r].text
 	}
 	return "unknown reason"

@@ -244,7 +244,7 @@ func (e *Engine) writeDataPaths(g uint32, rules []integrity.Interpreter, slotOf 
 }
 
 func encodeInterpreter(name string, r integrity.Interpreter) (engineInterpreter, error) {
-	out := engineInterpreter{Reads: uint8(r.Reads), InlineMode: uint8(r.Inline), StdinForms: uint8(r.Stdin)}
+	out := engineInterpreter{Reads: uint8(r.Reads), InlineMode: uint8(r.Inline), StdinForms: uint8(r.Stdin), Word: uint8(r.Word)}
 	// "-oc option code" is code in a shell and nowhere else
 	if strings.Contains(r.StdinFlags, "s") && strings.Contains(r.ArgFlags, "o") {
 		out.Shell = 1
@@ -252,7 +252,7 @@ func encodeInterpreter(name string, r integrity.Interpreter) (engineInterpreter,
 	for i := range name {
 		out.Name[i] = int8(name[i])
 	}
-	for set, letters := range map[*[2]uint64]string{&out.InlineFlags: r.InlineFlags, &out.ArgFlags: r.ArgFlags, &out.StdinFlags: r.StdinFlags} {
+	for set, letters := range map[*[2]uint64]string{&out.InlineFlags: r.InlineFlags, &out.ArgFlags: r.ArgFlags, &out.StdinFlags: r.StdinFlags, &out.ScriptFlags: r.ScriptFlags} {
 		for _, c := range []byte(letters) {
 			if c >= 128 {
 				return out, fmt.Errorf("interpreter %s: option letter %q is not ASCII: %w", r.Name, c, errs.Invalid)
@@ -260,8 +260,8 @@ func encodeInterpreter(name string, r integrity.Interpreter) (engineInterpreter,
 			set[c/64] |= 1 << (c % 64)
 		}
 	}
-	if len(r.InlineLong) > len(out.InlineLong) || len(r.ArgLong) > len(out.ArgLong) || len(r.CodeSuffix) > len(out.Suffixes) {
-		return out, fmt.Errorf("interpreter %s: at most %d long options of a sort and %d suffixes: %w", r.Name, len(out.InlineLong), len(out.Suffixes), errs.Invalid)
+	if len(r.InlineLong) > len(out.InlineLong) || len(r.ArgLong) > len(out.ArgLong) || len(r.Environment) > len(out.Environment) || len(r.CodeSuffix) > len(out.Suffixes) {
+		return out, fmt.Errorf("interpreter %s: at most %d long options or variables of a sort and %d suffixes: %w", r.Name, len(out.InlineLong), len(out.Suffixes), errs.Invalid)
 	}
 	for i, o := range r.InlineLong {
 		if err := encodeOption(o, &out.InlineLong[i].Word, &out.InlineLong[i].Mask, &out.InlineLong[i].Len); err != nil {
@@ -273,6 +273,16 @@ func encodeInterpreter(name string, r integrity.Interpreter) (engineInterpreter,
 			return out, fmt.Errorf("interpreter %s: %w", r.Name, err)
 		}
 	}
+	for i, v := range r.Environment {
+		text, any := strings.CutSuffix(v, "*")
+		if !any {
+			text += "="
+		}
+		if err := encodeOption(text, &out.Environment[i].Word, &out.Environment[i].Mask, &out.Environment[i].Len); err != nil {
+			return out, fmt.Errorf("interpreter %s: variable: %w", r.Name, err)
+		}
+	}
+	out.N_environment = uint8(len(r.Environment))
 	out.N_inlineLong, out.N_argLong, out.N_suffixes = uint8(len(r.InlineLong)), uint8(len(r.ArgLong)), uint8(len(r.CodeSuffix))
 	for i, s := range r.CodeSuffix {
 		if s == "" || len(s) > 7 {
@@ -282,14 +292,18 @@ func encodeInterpreter(name string, r integrity.Interpreter) (engineInterpreter,
 		for j := range len(s) {
 			out.Suffixes[i].Word |= uint64(s[j]) << (8 * j)
 		}
+		if slices.Contains(r.Bytecode, s) {
+			out.Suffixes[i].Bytecode = 1
+		}
 	}
 	return out, nil
 }
 
 func encodeOption(o string, word, mask *[2]uint64, length *uint32) error {
-	if o == "" || len(o) > 15 {
-		return fmt.Errorf("option %q must have 1 to 15 bytes: %w", o, errs.Invalid)
+	if o == "" {
+		return fmt.Errorf("empty option: %w", errs.Invalid)
 	}
+	o = o[:min(len(o), 16)] // no more is compared
 	for j := range len(o) {
 		word[j/8] |= uint64(o[j]) << (8 * (j % 8))
 		mask[j/8] |= 0xff << (8 * (j % 8))

@@ -130,7 +130,7 @@ func TestTakeover(t *testing.T) {
 
 func TestRole_names(t *testing.T) {
 	// the numbers of bpf/ringwall.h
-	if integrity.RoleAgent != 1 || integrity.RoleModules != 1<<7 || GuardAgent != 20 {
+	if integrity.RoleAgent != 1 || integrity.RoleModules != 1<<7 || Userfault != 21 {
 		t.Error("numbers shared with the kernel programs have changed")
 	}
 }

@@ -64,6 +64,9 @@ func (r Reads) text() string {
 	return "nothing known"
 }
 
+// key is the word as a policy writes it.
+func (w Word) key() string { return [...]string{"script", "code", "other"}[min(w, WordOther)] }
+
 func (s Stdin) names() []string {
 	var out []string
 	for i, n := range []string{"tty", "pipe", "file", "socket", "null"} {
@@ -102,6 +105,12 @@ func (d *differ) interpreter(name string, a, b *InterpreterRule) {
 	}
 	d.set(where, "code from standard input:", a.Stdin.names(), b.Stdin.names(), Looser)
 	d.set(where, "suffix", a.CodeSuffix, b.CodeSuffix, Stricter)
+	d.set(where, "quiet byte code", a.Bytecode, b.Bytecode, Changed)
+	d.set(where, "variable with code", a.Environment, b.Environment, Stricter)
+	d.set(where, "option that names the script", strings.Split(a.ScriptFlags, ""), strings.Split(b.ScriptFlags, ""), Changed)
+	if a.Word != b.Word {
+		d.add(Changed, where, "takes the first word for "+b.Word.key()+", was "+a.Word.key())
+	}
 	d.set(where, "data path", a.DataPaths, b.DataPaths, Looser)
 	d.set(where, "options with code", append(strings.Split(a.InlineFlags, ""), a.InlineLong...), append(strings.Split(b.InlineFlags, ""), b.InlineLong...), Stricter)
 	// taking one for the other hides what comes after

@@ -28,8 +28,9 @@ const (
 	maxKeyring   = 1 << 20
 
 	maxShortName = 15 // of an interpreter, in the kernel
-	maxOption    = 15
-	maxOptions   = 4
+	maxOption    = 48
+	maxOptions   = 8
+	maxVariable  = 15
 	maxSuffix    = 7
 	maxSuffixes  = 8
 	maxDataPath  = 62

@@ -55,9 +55,13 @@ func inherit(r, b *InterpreterRule, seen map[string]bool) {
 	}
 	if !seen["options"] {
 		r.InlineFlags, r.ArgFlags, r.StdinFlags, r.InlineLong, r.ArgLong = b.InlineFlags, b.ArgFlags, b.StdinFlags, b.InlineLong, b.ArgLong
+		r.ScriptFlags, r.Word, r.Environment = b.ScriptFlags, b.Word, b.Environment
 	}
 	if !seen["suffixes"] {
 		r.CodeSuffix = b.CodeSuffix
+	}
+	if !seen["bytecode"] {
+		r.Bytecode = b.Bytecode
 	}
 	if !seen["data"] {
 		r.DataPaths = b.DataPaths
@@ -100,14 +104,8 @@ func (d *document) interpreter(n *yaml.Node, where string) {
 		}},
 		{"stdin", false, func(n *yaml.Node, where string) { r.Stdin = d.stdin(n, where) }},
 		{"options", false, func(n *yaml.Node, where string) { d.options(n, where, &r.Interpreter) }},
-		{"suffixes", false, func(n *yaml.Node, where string) {
-			r.CodeSuffix = d.texts(n, where, maxSuffixes, func(s string) (string, string) {
-				if len(s) > maxSuffix || strings.Contains(s, "/") {
-					return "`" + clip(s) + "` is no suffix", fmt.Sprintf("1 to %d bytes, as in .py", maxSuffix)
-				}
-				return "", ""
-			})
-		}},
+		{"suffixes", false, func(n *yaml.Node, where string) { r.CodeSuffix = d.suffixes(n, where) }},
+		{"bytecode", false, func(n *yaml.Node, where string) { r.Bytecode = d.suffixes(n, where) }},
 		{"data", false, func(n *yaml.Node, where string) {
 			r.DataPaths = d.texts(n, where, maxDataPaths, func(s string) (string, string) {
 				switch {
@@ -123,6 +121,15 @@ func (d *document) interpreter(n *yaml.Node, where string) {
 		}},
 	})
 	d.p.Interpreters = append(d.p.Interpreters, r)
+}
+
+func (d *document) suffixes(n *yaml.Node, where string) []string {
+	return d.texts(n, where, maxSuffixes, func(s string) (string, string) {
+		if len(s) > maxSuffix || strings.Contains(s, "/") {
+			return "`" + clip(s) + "` is no suffix", fmt.Sprintf("1 to %d bytes, as in .py", maxSuffix)
+		}
+		return "", ""
+	})
 }
 
 func (d *document) stdin(n *yaml.Node, where string) Stdin {
@@ -169,7 +176,25 @@ func (d *document) options(n *yaml.Node, where string, r *Interpreter) {
 		{"inline", false, letters(&r.InlineFlags)},
 		{"argument", false, letters(&r.ArgFlags)},
 		{"stdin", false, letters(&r.StdinFlags)},
+		{"script", false, letters(&r.ScriptFlags)},
+		{"word", false, func(n *yaml.Node, where string) {
+			switch d.word(n, where, []string{"script", "code", "other"}) {
+			case "code":
+				r.Word = WordCode
+			case "other":
+				r.Word = WordOther
+			}
+		}},
 		{"inline_long", false, long(&r.InlineLong)},
 		{"argument_long", false, long(&r.ArgLong)},
+		{"environment", false, func(n *yaml.Node, where string) {
+			r.Environment = d.texts(n, where, maxOptions, func(s string) (string, string) {
+				name := strings.TrimSuffix(s, "*")
+				if name == "" || len(name) > maxVariable || strings.ContainsAny(name, "=*? ") {
+					return "`" + clip(s) + "` is no variable", fmt.Sprintf("a name of at most %d bytes; a star at its end stands for the rest", maxVariable)
+				}
+				return "", ""
+			})
+		}},
 	})
 }

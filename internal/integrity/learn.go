@@ -408,7 +408,7 @@ func (w *learner) interpreter(r *InterpreterRule, files []LearnedFile) {
 	reads := map[Reads]string{ReadsAny: "any", ReadsCode: "code", ReadsStrict: "strict"}[r.Reads]
 	w.line("  - name: %s-local\n    match: [{sha256: %s}]\n    reads: %s\n    inline: %s", r.Name, quoteAll(digests), reads, inline)
 	w.line("    stdin: [%s]", strings.Join(r.Stdin.names(), ", "))
-	w.line("    options: {inline: %s, argument: %s, stdin: %s, inline_long: %s, argument_long: %s}", quote(r.InlineFlags), quote(r.ArgFlags),
-		quote(r.StdinFlags), quoteAll(r.InlineLong), quoteAll(r.ArgLong))
-	w.line("    suffixes: %s\n    data: %s", quoteAll(r.CodeSuffix), quoteAll(r.DataPaths))
+	w.line("    options: {inline: %s, argument: %s, stdin: %s, script: %s, word: %s, inline_long: %s, argument_long: %s, environment: %s}", quote(r.InlineFlags),
+		quote(r.ArgFlags), quote(r.StdinFlags), quote(r.ScriptFlags), r.Word.key(), quoteAll(r.InlineLong), quoteAll(r.ArgLong), quoteAll(r.Environment))
+	w.line("    suffixes: %s\n    bytecode: %s\n    data: %s", quoteAll(r.CodeSuffix), quoteAll(r.Bytecode), quoteAll(r.DataPaths))
 }

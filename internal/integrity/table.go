@@ -67,6 +67,16 @@ const (
 	StdinNull   Stdin = 1 << 4
 )
 
+// Word is what an interpreter takes its first argument for that is no option.
+type Word uint8
+
+// Shared with the kernel programs.
+const (
+	WordScript Word = iota // the script's name
+	WordCode               // inline code, unless an option of ScriptFlags came before
+	WordOther              // neither, such as make's target
+)
+
 // Interpreter is the rule for programs that read code from files, arguments or
 // standard input.
 type Interpreter struct {
@@ -77,9 +87,13 @@ type Interpreter struct {
 	InlineFlags string   // ASCII letters of short options that carry inline code, e.g. "c" for sh, "eE" for perl
 	ArgFlags    string   // ASCII letters of other short options that take an argument; with "o" here and "s" in StdinFlags, options are read as a Bourne shell does
 	StdinFlags  string   // ASCII letters of short options that force code from stdin, e.g. "s" for sh
-	InlineLong  []string // long options that carry inline code, e.g. "--eval"; at most 4, each at most 15 bytes
-	ArgLong     []string // other long options that take a separate argument; at most 4, each at most 15 bytes
+	ScriptFlags string   // ASCII letters of options whose argument is the script's name, e.g. "f" for awk
+	Word        Word     // what the first argument is that is no option
+	InlineLong  []string // long options that carry inline code, e.g. "--eval"; at most 8; of longer ones the first 16 bytes count
+	ArgLong     []string // other long options that take a separate argument; same bounds
+	Environment []string // variables that carry code, e.g. "PERL5OPT", or with a star at the end the beginning of their names; at most 8, each at most 15 bytes
 	CodeSuffix  []string // file name endings that ReadsCode checks, e.g. ".py"; at most 8, each at most 7 bytes
+	Bytecode    []string // those of CodeSuffix that the interpreter writes for itself into __pycache__: not authorised, they are not there, and no event is raised
 	DataPaths   []string // directories ("/etc/", with the slash) and files that ReadsStrict leaves alone; each at most 62 bytes
 }
 

@@ -6,6 +6,8 @@
 #define BIT(k) (1 << (k))
 #define SECOND_NS 1000000000
 #define SIGKILL 9
+#define USERFAULTFD_0 0x756166726573755b /* "[userfaultfd]", little-endian */
+#define USERFAULTFD_1 0x5d6466746c
 #define SHA256_NAME 0x363532616873 /* "sha256", little-endian */
 
 /* A file handed to execve. Called for a script first, then for its interpreter. */
@@ -45,13 +47,21 @@ long BPF_PROG(rw_exec_check, struct linux_binprm *bprm)
  * the other (the kernel counts a writer before it asks rw_open). False: there
  * is a writer.
  */
-static __always_inline bool mark_in_use(const struct steering *c, struct file *f)
+static __always_inline bool mark_in_use(const struct steering *c, struct file *f, const __u8 *digest)
 {
 	struct writes *w = bpf_inode_storage_get(&inode_writes, f->f_inode, 0, 0);
 	struct version v = {};
 	if (!w)
 		return true; /* identity from fs-verity or dm-verity: there can be no writer */
-	*(volatile __u32 *)&w->in_use = bpf_ktime_get_boot_ns() / SECOND_NS + 1;
+	__u32 now = bpf_ktime_get_boot_ns() / SECOND_NS + 1;
+	*(volatile __u32 *)&w->in_use = now;
+	struct inode *real = f->f_inode->i_sb->s_magic == OVERLAY_MAGIC ? real_inode(c, f) : NULL;
+	if (real) {
+		struct guarded at = { .inode = BPF_CORE_READ(real, i_ino), .device = BPF_CORE_READ(real, i_sb, s_dev) };
+		struct layer l = { .in_use = now };
+		__builtin_memcpy(l.digest, digest, 32);
+		bpf_map_update_elem(&layers, &at, &l, BPF_ANY);
+	}
 	__sync_fetch_and_add(&w->count, 0); /* a full barrier */
 	return version_of_file(c, f, &v) && v.writers <= 0;
 }
@@ -79,6 +89,35 @@ static __always_inline bool asks_for_loose_memory(struct file *file)
 		return true;
 	bpf_find_vma(t, mm->arg_start, note_vm_flags, &flags, 0);
 	return flags & VM_EXEC;
+}
+
+/*
+ * A program or library that is an interpreter comes into a process that was
+ * none: libpython in an editor, or `ld.so /usr/bin/python3`. From here on the
+ * rule holds for what it opens. A program that is mapped instead of executed
+ * hides its arguments from the scan: they count as unreadable.
+ */
+static __always_inline long maps_interpreter(struct steering *c, struct generation *s, struct file *file, const struct found *o)
+{
+	struct task_struct *t = bpf_get_current_task_btf();
+	struct task *info = task_info(t);
+	if (s->modes[K_SCRIPT] == M_OFF || (info && info->interpreter))
+		return 0;
+	struct task *fresh = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!fresh)
+		return s->modes[K_SCRIPT] == M_ENFORCE ? -EPERM : 0;
+	if (info && info != fresh)
+		*fresh = *info;
+	fresh->interpreter = o->entry.interpreter;
+	fresh->script_len = 0;
+	struct interpreter *rule = rule_of(slot_of(s, fresh));
+	if (!rule || !(o->entry.kinds & BIT(K_EXEC)) || fresh->roles & R_PACKAGES || !rule->inline_mode)
+		return 0;
+	struct report r = {
+		.kind = K_SCRIPT, .reason = WHY_ARGUMENTS, .file = file, .interpreter = o->entry.interpreter, .digest = o->digest, .space = o->space,
+		.mode = s->modes[K_SCRIPT] < rule->inline_mode ? s->modes[K_SCRIPT] : rule->inline_mode,
+	};
+	return refuse(c, s, &r, true);
 }
 
 SEC("lsm.s/mmap_file")
@@ -112,13 +151,36 @@ long BPF_PROG(rw_mmap, struct file *file, unsigned long reqprot, unsigned long p
 		r.reason = WHY_MEMORY_WX;
 		return refuse(c, s, &r, true);
 	}
-	if ((o.entry.kinds & (BIT(K_LIBRARY) | BIT(K_EXEC))) && s->code_writes == M_ENFORCE && !mark_in_use(c, file)) {
+	if ((o.entry.kinds & (BIT(K_LIBRARY) | BIT(K_EXEC))) && s->code_writes == M_ENFORCE && !mark_in_use(c, file, o.digest)) {
 		r.mode = s->modes[K_LIBRARY];
 		r.reason = WHY_NO_IDENTITY;
 		r.error = -ETXTBSY;
 		return refuse(c, s, &r, true);
 	}
-	return 0;
+	return o.entry.interpreter ? maps_interpreter(c, s, file, &o) : 0;
+}
+
+/*
+ * userfaultfd(2) fills pages of any private mapping that were not touched yet,
+ * code among them, and asks no other hook. Who needs it moves memory of virtual
+ * machines and has a role for code in memory.
+ */
+SEC("lsm/inode_init_security_anon")
+long BPF_PROG(rw_anon_inode, struct inode *inode, const struct qstr *name)
+{
+	__u64 word[2] = {};
+	if (BPF_CORE_READ(name, len) != 13)
+		return 0;
+	bpf_probe_read_kernel(word, 13, BPF_CORE_READ(name, name));
+	if (word[0] != USERFAULTFD_0 || word[1] != USERFAULTFD_1)
+		return 0;
+	struct steering *c = steering();
+	if (!c || !in_scope(c))
+		return 0;
+	struct generation *s = settings_of(c);
+	if (!s || s->memory == M_OFF || may(R_JIT | R_JIT_SHARED))
+		return 0;
+	return refuse_act(c, s, s->memory, WHY_USERFAULT, NULL);
 }
 
 SEC("lsm/file_mprotect")

@@ -27,8 +27,10 @@ static __always_inline void take(struct found *o, const struct entry *e, const s
 /*
  * Identities in order of strength: the dm-verity volume it lies on, its
  * fs-verity digest, its content's SHA-256. Each is a look-up of its own: an
- * unknown volume does not spoil a known digest. A policy that bans content
- * bans it on a trusted volume too, so there the content is hashed as well.
+ * unknown volume does not spoil a known digest. The content is hashed on a
+ * trusted volume, too: its entry tells who is an interpreter and which roles
+ * it has, and content that is banned is banned there. Where it cannot be
+ * hashed a policy with bans fails closed.
  */
 static __always_inline void find(const struct steering *c, const struct generation *s, struct file *f, struct found *o,
 				 bool may_hash)
@@ -45,20 +47,27 @@ static __always_inline void find(const struct steering *c, const struct generati
 		k.space = S_FSVERITY;
 		strong = look_up(s, &k);
 	}
-	if (strong && !s->bans) {
-		take(o, strong, &k);
-		return;
-	}
 	o->error = identify(c, f, content.digest, may_hash, strong);
-	if (o->error)
-		return;
-	e = look_up(s, &content);
-	if (strong && (!e || e->kinds))
+	if (o->error) {
+		if (!strong || s->bans)
+			return;
+		o->error = 0;
+	} else {
+		e = look_up(s, &content);
+	}
+	if (strong && (!e || e->kinds)) {
 		take(o, strong, &k);
-	else if (e)
+		if (e) {
+			o->entry.kinds |= e->kinds;
+			o->entry.roles |= e->roles;
+			if (e->interpreter)
+				o->entry.interpreter = e->interpreter;
+		}
+	} else if (e) {
 		take(o, e, &content);
-	else
+	} else {
 		__builtin_memcpy(o->digest, content.digest, 32);
+	}
 }
 
 /* Judges a file for one kind. kinds: the set of kinds that will do. */
@@ -76,6 +85,29 @@ static __always_inline long judge(struct steering *c, struct generation *s, stru
 		.reason = o->error ? WHY_NO_IDENTITY : WHY_UNLISTED, .detail = detail,
 	};
 	return refuse(c, s, &r, can_path);
+}
+
+static __always_inline bool name_is(const struct dentry *d, const char *want, __u32 len)
+{
+	char name[32] = {};
+	if (d->d_name.len != len || len > 31)
+		return false;
+	bpf_probe_read_kernel(name, len & 31, d->d_name.name);
+	for (__u32 i = 0; i < len; i++)
+		if (name[i] != want[i])
+			return false;
+	return true;
+}
+
+/* The rule in force. A slot keeps its interpreter across policies, so that running processes keep theirs. */
+static __always_inline __u32 slot_of(const struct generation *s, const struct task *info)
+{
+	return (s->index & 1) * INTERPRETERS + (info->interpreter & (INTERPRETERS - 1));
+}
+
+static __always_inline struct interpreter *rule_of(__u32 slot)
+{
+	return bpf_map_lookup_elem(&interpreters, &slot);
 }
 
 /* ---- who asks ---- */

@@ -3,18 +3,6 @@
 #ifndef RINGWALL_GUARD_H
 #define RINGWALL_GUARD_H
 
-static __always_inline bool name_is(const struct dentry *d, const char *want, __u32 len)
-{
-	char name[32] = {};
-	if (d->d_name.len != len || len > 31)
-		return false;
-	bpf_probe_read_kernel(name, len & 31, d->d_name.name);
-	for (__u32 i = 0; i < len; i++)
-		if (name[i] != want[i])
-			return false;
-	return true;
-}
-
 static __always_inline __u8 guard_of(const struct inode *in)
 {
 	struct guarded k = { .inode = in->i_ino, .device = in->i_sb->s_dev };
@@ -59,8 +47,9 @@ static __always_inline __u32 process_of(struct inode *in)
 /*
  * Files that are switches: the one that turns the programs off, the agent's
  * cgroup and those above it (kill, freeze, limits), its /proc files. The service
- * manager may put processes into the agent's cgroup, as it must to start it, and
- * say which controllers the cgroups below have: that limits nothing.
+ * manager puts processes into the agent's cgroup to start it, and thaws the
+ * slices above whatever it starts or stops. Which controllers the cgroups below
+ * have limits nothing: container engines say so too.
  */
 static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
 {
@@ -79,7 +68,9 @@ static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
 #pragma unroll
 	for (int i = 0; i < CGROUPS; i++)
 		its |= dir == c->agent_cgroups[i];
-	if (!its || (bpf_get_current_pid_tgid() >> 32 == 1 && (name_is(d, "cgroup.procs", 12) || name_is(d, "cgroup.subtree_control", 22))))
+	if (!its || name_is(d, "cgroup.subtree_control", 22))
+		return 0;
+	if (bpf_get_current_pid_tgid() >> 32 == 1 && (name_is(d, "cgroup.procs", 12) || name_is(d, "cgroup.freeze", 13)))
 		return 0;
 	return WHY_GUARD_AGENT;
 }
@@ -103,21 +94,33 @@ static __always_inline bool is_claimed_disk(struct file *f)
  * is just being admitted is not counted yet, so code stays in use for some
  * seconds. On overlayfs the count is the layer's: in use for good.
  */
-static __always_inline bool in_use(const struct inode *in, const struct writes *w)
+static __always_inline bool in_use(const struct inode *in, __u32 since)
 {
-	if (!w->in_use)
+	if (!since)
 		return false;
 	if (in->i_sb->s_magic == OVERLAY_MAGIC || !bpf_core_field_exists(in->i_readcount) || in->i_readcount.counter > 0)
 		return true;
-	return bpf_ktime_get_boot_ns() / SECOND_NS + 1 - w->in_use < 3;
+	return bpf_ktime_get_boot_ns() / SECOND_NS + 1 - since < 3;
 }
 
-/* A writer to authorised code that is in use. Only what is still authorised is worth keeping as it is. */
+/*
+ * A writer to authorised code that is in use, itself or through an overlay.
+ * Only what is still authorised is worth keeping as it is.
+ */
 static __always_inline long judge_code_write(struct steering *c, struct generation *s, struct inode *in, const struct writes *w,
 					    struct file *f, bool can_path)
 {
 	struct key k = {};
-	if (s->code_writes == M_OFF || !in_use(in, w) || !last_digest(in, k.digest) || !look_up(s, &k))
+	struct guarded at = { .inode = in->i_ino, .device = in->i_sb->s_dev };
+	if (s->code_writes == M_OFF)
+		return 0;
+	if (!w || !in_use(in, w->in_use) || !last_digest(in, k.digest)) {
+		struct layer *l = bpf_map_lookup_elem(&layers, &at);
+		if (!l || !in_use(in, l->in_use))
+			return 0;
+		__builtin_memcpy(k.digest, l->digest, 32);
+	}
+	if (!look_up(s, &k))
 		return 0;
 	struct report r = { .kind = K_LIBRARY, .mode = s->code_writes, .reason = WHY_CODE_WRITE, .digest = k.digest, .file = f };
 	return refuse(c, s, &r, can_path) ? -ETXTBSY : 0;
@@ -134,13 +137,15 @@ static __always_inline long judge_write(struct steering *c, struct generation *s
 		r.mode = s->ptrace;
 		r.reason = WHY_PROC_MEM;
 	} else if (type == S_IFBLK || type == S_IFCHR) {
-		if (s->block_writes == M_OFF || (type == S_IFCHR ? !is_raw_memory(in) : !is_claimed_disk(f)) || may(R_BLOCK))
+		bool hit = type == S_IFCHR ? is_raw_memory(in) : is_claimed_disk(f);
+		/* a loop device may become swap or a disk whose file somebody writes: not refused, but told */
+		bool loop = type == S_IFBLK && MAJOR(in->i_rdev) == LOOP_MAJOR && s->block_writes == M_ENFORCE;
+		if (s->block_writes == M_OFF || (!hit && !loop) || may(R_BLOCK))
 			return 0;
-		r.mode = s->block_writes;
+		r.mode = hit ? s->block_writes : M_AUDIT;
 		r.reason = WHY_BLOCK_WRITE;
 	} else {
-		struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
-		return w ? judge_code_write(c, s, in, w, f, true) : 0;
+		return judge_code_write(c, s, in, bpf_inode_storage_get(&inode_writes, in, 0, 0), f, true);
 	}
 	return refuse(c, s, &r, true);
 }
@@ -192,11 +197,9 @@ long BPF_PROG(rw_truncate, struct path *path)
 	if (c && c->protect && is_guarded(c, path->dentry) && !may(R_AGENT))
 		return refuse_guard(c, WHY_GUARD_FILE, NULL);
 	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
-	if (!w)
-		return 0;
 	struct generation *s = c ? settings_of(c) : NULL;
 	long rc = s && in_scope(c) ? judge_code_write(c, s, in, w, NULL, false) : 0;
-	if (!rc)
+	if (!rc && w)
 		__sync_fetch_and_add(&w->count, 1);
 	return rc;
 }

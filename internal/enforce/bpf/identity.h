@@ -84,6 +84,17 @@ static __always_inline bool is_exposed(__u32 device)
 	return MAJOR(device) == LOOP_MAJOR || MAJOR(device) == NBD_MAJOR;
 }
 
+/* The inode of the layer that an open file on overlayfs is read from, as an address; NULL if it cannot be told. */
+static __always_inline struct inode *real_inode(const struct steering *c, struct file *f)
+{
+	void *real = f->private_data;
+	if (!c->overlay || !real)
+		return NULL;
+	if (c->overlay == 2)
+		bpf_probe_read_kernel(&real, sizeof(real), real);
+	return real ? BPF_CORE_READ((struct file *)real, f_inode) : NULL;
+}
+
 /*
  * A file on overlayfs has an inode of its own that does not change when a
  * layer's file is written: look at the real one. Returns false if overlayfs
@@ -95,12 +106,7 @@ static __always_inline bool version_of_file(const struct steering *c, struct fil
 	version_of(f->f_inode, v);
 	if (f->f_inode->i_sb->s_magic != OVERLAY_MAGIC)
 		return true;
-	void *real = f->private_data;
-	if (!c->overlay || !real)
-		return false;
-	if (c->overlay == 2)
-		bpf_probe_read_kernel(&real, sizeof(real), real);
-	struct inode *in = real ? BPF_CORE_READ((struct file *)real, f_inode) : NULL;
+	struct inode *in = real_inode(c, f);
 	if (!in)
 		return false;
 	unsigned long magic = BPF_CORE_READ(in, i_sb, s_magic);

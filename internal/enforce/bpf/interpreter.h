@@ -8,6 +8,7 @@
 
 #define MAX_ARGUMENTS 24
 #define MAX_LETTERS 12 /* of a cluster of short options */
+#define MAX_STRINGS 2048 /* arguments and variables that are looked through for variables that carry code */
 
 #define AGENT_WORD 0x746e656761 /* "agent", little-endian */
 
@@ -34,7 +35,7 @@ static __always_inline __u64 option_length(const char *arg)
 static __always_inline bool begins(const struct option16 *o, const char *arg, __u64 n)
 {
 	const __u64 *w = (const void *)arg;
-	if (n < 3 || n > o->len || n > 15)
+	if (n < 3 || n > o->len)
 		return false;
 	__u64 low = n >= 8 ? ~0ULL : (1ULL << n * 8) - 1, high = n > 8 ? (1ULL << (n - 8) * 8) - 1 : 0;
 	return !((w[0] ^ o->word[0]) & low) && !((w[1] ^ o->word[1]) & high);
@@ -87,29 +88,23 @@ static __always_inline __u32 tail_of(const char *name)
 	return at + 1;
 }
 
-/* The rule in force. A slot keeps its interpreter across policies, so that running processes keep theirs. */
-static __always_inline __u32 slot_of(const struct generation *s, const struct task *info)
-{
-	return (s->index & 1) * INTERPRETERS + (info->interpreter & (INTERPRETERS - 1));
-}
-
-static __always_inline struct interpreter *rule_of(__u32 slot)
-{
-	return bpf_map_lookup_elem(&interpreters, &slot);
-}
-
 /*
  * The functions that are not static are verified once and by themselves, and
  * not again for each path that leads to them: hence their tests for NULL.
  */
 
-/* The argument at address is the script's name, or stands in its place. Returns 1 to stop. */
-__attribute__((noinline)) long names_script(struct scratch *x, __u64 address, __u32 source)
+/*
+ * The argument at address, from its byte `from` on, is the script's name, or
+ * stands in its place. Returns 1 to stop.
+ */
+__attribute__((noinline)) long names_script(struct scratch *x, __u64 address, __u32 source, __u32 from)
 {
 	if (!x)
 		return 1;
 	struct scan *s = &x->scan;
 	__u32 at = tail_of(x->name);
+	if (at < from)
+		at = from;
 	__builtin_memset(x->path, 0, sizeof(x->path));
 	long n = bpf_probe_read_user_str(x->path, sizeof(x->path), (void *)(address + at));
 	s->hash = hash_name(x->path);
@@ -118,8 +113,20 @@ __attribute__((noinline)) long names_script(struct scratch *x, __u64 address, __
 	return 1;
 }
 
+/* A script was named by an option. With a second one, which of them is opened as what is not followed any more. */
+static __always_inline long named_by_option(struct scratch *x, struct interpreter *rule, __u64 address, __u32 from)
+{
+	if (x->scan.len) {
+		x->scan.source = FROM_INLINE;
+		return 1;
+	}
+	bool input = x->name[from & 15] == '-' && !x->name[(from + 1) & 15];
+	names_script(x, address, input ? FROM_STDIN : FROM_SCRIPT, from);
+	return rule->word == WORD_SCRIPT;
+}
+
 /* A cluster of short options, like -xc. Returns 1 to stop. */
-__attribute__((noinline)) long scan_letters(struct scratch *x, struct interpreter *rule)
+__attribute__((noinline)) long scan_letters(struct scratch *x, struct interpreter *rule, __u64 address)
 {
 	if (!rule || !x)
 		return 1;
@@ -134,8 +141,14 @@ __attribute__((noinline)) long scan_letters(struct scratch *x, struct interprete
 			s->source = FROM_INLINE;
 			return 1;
 		}
+		if (ch == '-' && rule->shell)
+			s->doubt = true; /* bash -init-file FILE */
 		if (in_set(rule->stdin_flags, ch))
 			s->stdin_forced = true;
+		if (in_set(rule->script_flags, ch)) {
+			s->script = !a[j + 1];
+			return s->script ? 0 : named_by_option(x, rule, address, j + 1);
+		}
 		if (in_set(rule->arg_flags, ch)) {
 			/* getopt: the rest is the argument. A shell: the next argument is, and the letters go on. */
 			s->skip = rule->shell || !a[j + 1];
@@ -157,6 +170,7 @@ __attribute__((noinline)) long scan_long(struct scratch *x, struct interpreter *
 	struct scan *s = &x->scan;
 	const char *a = x->name;
 	__u64 n = option_length(a);
+	s->doubt = n > 15 || !a[n & 15];
 #pragma unroll
 	for (int j = 0; j < LONG_OPTIONS; j++) {
 		if (begins(&rule->inline_long[j], a, n)) {
@@ -165,12 +179,34 @@ __attribute__((noinline)) long scan_long(struct scratch *x, struct interpreter *
 		}
 		/* in full only: to take a script for an option's argument would leave it unchecked */
 		if (n == rule->arg_long[j].len && begins(&rule->arg_long[j], a, n)) {
+			/* of one that is cut: it has a value of its own if there is a '=' further on; take it that there is none */
 			__u64 at = n;
 			barrier_var(at);
-			s->skip = a[at & 15] == 0;
+			s->skip = n > 15 || a[at & 15] == 0;
+			s->doubt = n > 15;
 		}
 	}
 	return 0;
+}
+
+/*
+ * An argument that is no option. After an option that is not known to take an
+ * argument or not, it may be that option's, and inline code may follow it.
+ */
+static __always_inline long scan_word(struct scratch *x, struct interpreter *rule, __u64 address)
+{
+	struct scan *s = &x->scan;
+	if (rule->word == WORD_OTHER)
+		return 0;
+	if (rule->word == WORD_CODE) {
+		if (!s->len)
+			s->source = FROM_INLINE;
+		return 1;
+	}
+	const char *a = x->name;
+	names_script(x, address, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT, 0);
+	s->candidate = s->doubt && !s->done;
+	return !s->candidate;
 }
 
 /*
@@ -220,21 +256,64 @@ static long scan_argument(__u64 i, void *none)
 	}
 	const char *a = x->name;
 	long stop = 0;
-	if (s->done || (a[0] != '-' && (a[0] != '+' || !rule->shell || !a[1]))) {
-		stop = s->stdin_forced || names_script(x, address, a[0] == '-' && !a[1] && !rule->shell ? FROM_STDIN : FROM_SCRIPT);
+	if (s->script) {
+		s->script = false;
+		stop = named_by_option(x, rule, address, 0);
+	} else if (s->done || (a[0] != '-' && (a[0] != '+' || !rule->shell || !a[1]))) {
+		stop = s->stdin_forced || s->candidate || scan_word(x, rule, address);
 	} else if (a[0] == '-' && !a[1]) {
 		if (!rule->shell || s->stdin_forced)
-			stop = names_script(x, address, FROM_STDIN);
+			stop = s->len || names_script(x, address, FROM_STDIN, 0);
 		s->done = true; /* a shell takes it for "--" */
 	} else if (a[0] == '-' && a[1] == '-' && !a[2]) {
 		s->done = true;
 	} else if (a[0] == '-' && a[1] == '-') {
 		stop = scan_long(x, rule);
 	} else {
-		stop = scan_letters(x, rule);
+		stop = scan_letters(x, rule, address);
 	}
 	barrier_var(stop);
 	return stop ? 1 : 0; /* in so many words, for the verifier */
+}
+
+/*
+ * One string of arguments or environment, from where scan_argument stopped;
+ * bpf_loop's callback. Stops at a variable that carries code.
+ */
+static long scan_variable(__u64 i, void *none)
+{
+	struct scratch *x = bpf_task_storage_get(&scratches, bpf_get_current_task_btf(), 0, 0);
+	if (!x)
+		return 1;
+	struct scan *s = &x->scan;
+	struct interpreter *rule = rule_of(s->slot);
+	if (!rule || !(s->left + s->variables))
+		return 1;
+	__u64 *w = (void *)x->name;
+	w[0] = w[1] = 0;
+	long n = bpf_probe_read_user_str(x->name, sizeof(x->name), (void *)s->next);
+	if (n <= 0) {
+		s->source = UNREADABLE;
+		return 1;
+	}
+	bool begin = !s->more;
+	s->more = n == sizeof(x->name);
+	s->next += s->more ? n - 1 : n;
+	if (s->left) {
+		s->left -= !s->more;
+		return 0;
+	}
+	s->variables -= !s->more;
+	if (!begin)
+		return 0;
+	for (int j = 0; j < LONG_OPTIONS; j++) {
+		const struct option16 *o = &rule->environment[j];
+		if (o->len && !((w[0] ^ o->word[0]) & o->mask[0]) && !((w[1] ^ o->word[1]) & o->mask[1])) {
+			s->source = FROM_INLINE;
+			return 1;
+		}
+	}
+	return 0;
 }
 
 static __always_inline __u8 form_of(__u32 mode, __u32 device)
@@ -292,10 +371,20 @@ static __always_inline void check_source(struct steering *c, struct generation *
 			source = UNREADABLE; /* more arguments than are looked at */
 		info->script_hash = n->hash;
 		info->script_len = n->len;
+		if (rule->n_environment && (source == FROM_SCRIPT || source == FROM_STDIN)) {
+			n->variables = bprm->envc;
+			n->more = false;
+			bpf_loop(MAX_STRINGS, scan_variable, NULL, 0);
+			if (n->source == FROM_INLINE || n->source == UNREADABLE)
+				source = n->source;
+			else if (n->left + n->variables)
+				source = UNREADABLE;
+		}
+		if (source == FROM_STDIN && rule->word == WORD_OTHER && !n->len)
+			source = FROM_SCRIPT;
 	}
-	if (info->roles & R_PACKAGES)
-		return; /* maintainer scripts use every trick in the book; they are authorised themselves */
 	struct report r = { .kind = K_SCRIPT, .interpreter = info->interpreter, .file = bprm->file };
+	__u8 form;
 	switch (source) {
 	case FROM_SCRIPT:
 		return; /* judged when it is opened */
@@ -304,10 +393,15 @@ static __always_inline void check_source(struct steering *c, struct generation *
 		r.mode = rule->inline_mode;
 		break;
 	case FROM_STDIN:
-		if (rule->stdin_forms & stdin_form(t))
-			return;
+		form = stdin_form(t);
 		r.reason = WHY_STDIN;
 		r.mode = stdin_mode(s, rule);
+		if (rule->stdin_forms & form) {
+			/* what is typed cannot be judged: where inline code is refused, it is told who types */
+			if (form == IN_NULL || rule->inline_mode != M_ENFORCE)
+				return;
+			r.mode = M_AUDIT;
+		}
 		break;
 	default:
 		r.reason = WHY_ARGUMENTS;
@@ -315,6 +409,12 @@ static __always_inline void check_source(struct steering *c, struct generation *
 	}
 	if (s->modes[K_SCRIPT] < r.mode)
 		r.mode = s->modes[K_SCRIPT];
+	if (info->roles & R_PACKAGES) {
+		/* maintainer scripts use every trick in the book; they are authorised themselves */
+		if (rule->inline_mode != M_ENFORCE || r.mode == M_OFF)
+			return;
+		r.mode = M_AUDIT;
+	}
 	if (r.mode == M_OFF)
 		return;
 	if (x) {
@@ -380,6 +480,8 @@ long BPF_PROG(rw_committed, struct linux_binprm *bprm)
 	__u8 interpreter = o.entry.interpreter;
 	if (!agent)
 		roles &= ~R_AGENT;
+	if ((__u32)bpf_get_current_uid_gid())
+		roles &= ~R_PACKAGES; /* what it starts for a user is the user's */
 	if (!scoped) {
 		roles &= R_AGENT;
 		interpreter = 0;
@@ -416,7 +518,9 @@ long BPF_PROG(rw_fork, struct task_struct *child, unsigned long flags)
 	return 0;
 }
 
-static __always_inline bool has_suffix(const struct interpreter *rule, const struct dentry *d)
+enum suffix { NO_SUFFIX, CODE_SUFFIX, BYTECODE_SUFFIX };
+
+static __always_inline enum suffix suffix_of(const struct interpreter *rule, const struct dentry *d)
 {
 	__u32 len = d->d_name.len;
 #pragma unroll
@@ -428,9 +532,9 @@ static __always_inline bool has_suffix(const struct interpreter *rule, const str
 			continue;
 		bpf_probe_read_kernel(&tail, n & 7, d->d_name.name + (len - n));
 		if (tail == x->word)
-			return true;
+			return x->bytecode && name_is(d->d_parent, "__pycache__", 11) ? BYTECODE_SUFFIX : CODE_SUFFIX;
 	}
-	return false;
+	return NO_SUFFIX;
 }
 
 /* The name that the caller gave to open(2), also into scratch. n is its length with the NUL, 0 if unknown. */
@@ -530,9 +634,14 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 	long n;
 	const char *asked = asked_name(t, x, &n);
 	bool named = is_named(x, info, f, asked, n);
-	if ((f->f_inode->i_mode & S_IFMT) != S_IFREG)
-		return named && !(info->roles & R_PACKAGES) ? judge_stream(c, s, info, rule, x, f) : 0;
-	bool code = named || (rule->reads != READS_ANY && has_suffix(rule, f->f_path.dentry));
+	__u16 type = f->f_inode->i_mode & S_IFMT;
+	if (type != S_IFREG) {
+		/* `. FIFO` in an authorised script is code as well */
+		bool code = named || (rule->reads == READS_STRICT && (type == S_IFIFO || type == S_IFSOCK) && !is_data(x, f, slot));
+		return code && !(info->roles & R_PACKAGES) ? judge_stream(c, s, info, rule, x, f) : 0;
+	}
+	enum suffix suffix = rule->reads == READS_ANY ? NO_SUFFIX : suffix_of(rule, f->f_path.dentry);
+	bool code = named || suffix;
 	__u16 kinds = BIT(K_SCRIPT);
 	if (!code) {
 		if (rule->reads != READS_STRICT || info->roles & R_PACKAGES || is_data(x, f, slot))
@@ -547,10 +656,16 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 		.kind = K_SCRIPT, .mode = mode, .error = o.error, .space = o.space, .digest = o.digest, .file = f,
 		.interpreter = info->interpreter, .reason = o.error ? WHY_NO_IDENTITY : WHY_UNLISTED, .detail = x->name,
 	};
-	if (!(o.entry.kinds & kinds))
-		return refuse(c, s, &r, true);
+	if (!(o.entry.kinds & kinds)) {
+		struct counts *n = counted();
+		if (named || suffix != BYTECODE_SUFFIX || !n)
+			return refuse(c, s, &r, true);
+		/* the interpreter's own copy of what it reads instead: as if it were not there */
+		__sync_fetch_and_add(&n->quiet, 1);
+		return mode == M_ENFORCE && !is_relaxed(c) ? -ENOENT : 0;
+	}
 	/* scripts are read piece by piece: no writers from now on */
-	if (code && s->code_writes == M_ENFORCE && !mark_in_use(c, f)) {
+	if (code && s->code_writes == M_ENFORCE && !mark_in_use(c, f, o.digest)) {
 		r.reason = WHY_NO_IDENTITY;
 		r.error = -ETXTBSY;
 		return refuse(c, s, &r, true);

@@ -35,7 +35,12 @@ struct scan {
 	__u32 slot;   /* of the interpreter rule */
 	__u32 source; /* enum code_source */
 	bool skip, done, stdin_forced, more;
-	__u8 pad[4];
+	bool script;    /* the next argument is the script's name */
+	bool doubt;     /* an option came that may take the next argument */
+	bool candidate; /* and that argument was taken for the script */
+	__u8 pad;
+	__u32 variables; /* of the environment, to go */
+	__u32 pad2;
 };
 /* Working space of an interpreter's task; too big for the BPF stack. */
 struct scratch {
@@ -58,6 +63,9 @@ struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2 * INTERPRETERS)
 struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 4096); __type(key, struct data_path); __type(value, __u8); } data_paths SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 256); __type(key, __u32); __type(value, struct key); } verity_devices SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 1024); __type(key, struct guarded); __type(value, __u8); } guarded_inodes SEC(".maps");
+/* Files of overlays' layers whose code is mapped through the overlay: the inode that writers below open is another one. */
+struct layer { __u32 in_use; __u8 digest[32]; };
+struct { __uint(type, BPF_MAP_TYPE_LRU_HASH); __uint(max_entries, 8192); __type(key, struct guarded); __type(value, struct layer); } layers SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 128); __type(key, __u32); __type(value, __u8); } own_maps SEC(".maps");
 /* Processes that were there before the programs, by tgid; start in clock ticks since boot, as in /proc/PID/stat. */
 #define TICK_NS 10000000

@@ -38,6 +38,7 @@ enum reason {
 	WHY_GUARD_SYSCTL,      /* a setting that would switch the programs off */
 	WHY_PERSONALITY,       /* READ_IMPLIES_EXEC asked for */
 	WHY_GUARD_AGENT,       /* limits, priority, cgroup or /proc files of the agent */
+	WHY_USERFAULT,         /* userfaultfd(2): pages of mapped code would come from user space */
 };
 
 #define PATH_LEN 256
@@ -85,18 +86,21 @@ struct generation {
 	__u8 policy[32];   /* SHA-256 of the policy document */
 };
 
-#define LONG_OPTIONS 4
+#define LONG_OPTIONS 8
 #define SUFFIXES 8
-struct option16 { __u64 word[2]; __u64 mask[2]; __u32 len; __u32 pad; };
-struct suffix8 { __u64 word; __u32 len; __u32 pad; };
+struct option16 { __u64 word[2]; __u64 mask[2]; __u32 len; __u32 pad; }; /* of longer ones the first 16 bytes */
+struct suffix8 { __u64 word; __u32 len; __u32 bytecode; /* 1: the interpreter's own, below __pycache__ */ };
+enum word { WORD_SCRIPT, WORD_CODE, WORD_OTHER }; /* what the first argument is that is no option */
 struct interpreter {
 	char name[16];
 	__u8 reads, inline_mode, stdin_forms, n_suffixes;
 	__u8 n_inline_long, n_arg_long;
 	__u8 shell; /* options as a Bourne shell reads them */
-	__u8 pad;
-	__u64 inline_flags[2], arg_flags[2], stdin_flags[2]; /* ASCII sets */
+	__u8 word;  /* enum word */
+	__u8 n_environment, pad[7];
+	__u64 inline_flags[2], arg_flags[2], stdin_flags[2], script_flags[2]; /* ASCII sets */
 	struct option16 inline_long[LONG_OPTIONS], arg_long[LONG_OPTIONS];
+	struct option16 environment[LONG_OPTIONS]; /* beginnings of variables that carry code */
 	struct suffix8 suffixes[SUFFIXES];
 };
 #define INTERPRETERS 64 /* per generation; slot 0 unused */
@@ -122,10 +126,11 @@ struct steering {
 	__u8 object[32];    /* SHA-256 of the object whose programs are attached */
 };
 /* Grows whenever a map or a structure here changes shape: older maps cannot be taken over then. */
-#define LAYOUT 2
+#define LAYOUT 3
 
 struct counts {
 	__u64 seq, drops, denied, audited, hits, misses, hashed, hash_errors;
+	__u64 quiet; /* byte code that was not there for its interpreter */
 };
 
 /* A file or directory that user space wants left alone: Ringwall's state. */
