@@ -25,7 +25,7 @@ YAML, becomes valid by being signed, and reaches a host by ringwall host apply.
 From nothing: policy init, policy check, policy simulate on the host, policy
 sign, host apply; in audit mode first, then in enforce mode.`,
 		newPolicyInitCommand(e), newPolicyLearnCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
-		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicyDiffCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e))
+		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicyDiffCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e), newPolicyBaselineCommand(e))
 }
 
 // checkedPolicy is the result of reading one policy document.
@@ -155,6 +155,23 @@ func newPolicySchemaCommand(e *env) *cobra.Command {
 		Args:    exactly(),
 		RunE: func(*cobra.Command, []string) error {
 			if _, err := e.stdout.Write(integrity.Schema()); err != nil {
+				return fmt.Errorf("write result: %w", err)
+			}
+			return nil
+		},
+	}
+}
+
+func newPolicyBaselineCommand(e *env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "baseline",
+		Short: "Print the built-in interpreters, programs and kernel settings",
+		Long: `What "baseline: 1" in a policy stands for, as YAML in either output format. An entry
+of the same name in the policy replaces one of these, an interpreter key by key.`,
+		Example: "  ringwall policy baseline | less",
+		Args:    exactly(),
+		RunE: func(*cobra.Command, []string) error {
+			if _, err := e.stdout.Write(integrity.Baseline(1)); err != nil {
 				return fmt.Errorf("write result: %w", err)
 			}
 			return nil

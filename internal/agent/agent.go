@@ -339,7 +339,7 @@ func (a *Agent) begin(ctx context.Context) error {
 	}
 	a.tellEarly()
 	if err := a.state.sweep(); err != nil {
-		a.log.WarnContext(ctx, "what a crash left behind", "error", err)
+		a.log.WarnContext(ctx, "what a crash left behind", slog.Any("error", err))
 	}
 	if err := a.enact(ctx, l); err != nil {
 		return err
@@ -481,7 +481,7 @@ func (a *Agent) tend(ctx context.Context) {
 	}
 	if a.unsettled {
 		if err := a.settle(ctx, a.loaded); err != nil {
-			a.log.ErrorContext(ctx, "the policy in force is not confirmed", "error", err)
+			a.log.ErrorContext(ctx, "the policy in force is not confirmed", slog.Any("error", err))
 		}
 	}
 	if a.opts.Now().Sub(a.canary.At) >= canaryEvery {

@@ -128,8 +128,10 @@ func dropUnsupported(spec *ebpf.CollectionSpec) error {
 	}
 	if params("bpf_lsm_file_post_open") >= 0 {
 		delete(spec.Programs, "rw_open_early")
+		delete(spec.Programs, "rw_kernel_load_early")
 	} else {
 		delete(spec.Programs, "rw_open")
+		delete(spec.Programs, "rw_kernel_load")
 	}
 	if params("bpf_lsm_inode_setattr") == 2 {
 		delete(spec.Programs, "rw_setattr")

@@ -542,7 +542,7 @@ func (d *document) match(n *yaml.Node, where string) Match {
 
 func roleNames() map[string]Role {
 	return map[string]Role{
-		"jit": RoleJIT, "jit-shared": RoleJITShared, "bpf": RoleBPF, "debug": RoleDebug, "packages": RolePackages, "block": RoleBlock,
+		"jit": RoleJIT, "jit-shared": RoleJITShared, "bpf": RoleBPF, "debug": RoleDebug, "packages": RolePackages, "block": RoleBlock, "modules": RoleModules,
 	}
 }
 

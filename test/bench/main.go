@@ -216,8 +216,11 @@ func tableGuest(ctx context.Context, k vm.Kernel, p *preparer, out io.Writer, ro
 	return vm.Run(ctx, vm.Guest{
 		Kernel: k, Argv: []string{buildDir + "/bench", "-role", role}, Output: out, Machine: m,
 		Files: []vm.File{
-			{Host: p.path("build/bench"), Guest: buildDir + "/bench"}, {Host: p.path("build/micro"), Guest: buildDir + "/micro"},
-			{Host: p.path("build/tiny"), Guest: tiny}, {Host: "/bin/true", Guest: "/bin/true"}, {Host: library},
+			{Host: p.path("build/bench"), Guest: buildDir + "/bench"},
+			{Host: p.path("build/micro"), Guest: buildDir + "/micro"},
+			{Host: p.path("build/tiny"), Guest: tiny},
+			{Host: "/bin/true", Guest: "/bin/true"},
+			{Host: library},
 		},
 	})
 }

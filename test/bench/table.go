@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -69,9 +70,7 @@ func (e *engine) table(epoch uint64, n int) *integrity.Table {
 		t.Modes[k] = integrity.ModeEnforce
 	}
 	t.Process = integrity.ProcessRules{Memory: integrity.ModeEnforce, Ptrace: integrity.ModeEnforce, BlockWrites: integrity.ModeEnforce, CodeWrites: integrity.ModeEnforce}
-	for k, v := range e.listed {
-		t.Entries[k] = v
-	}
+	maps.Copy(t.Entries, e.listed)
 	for i := len(t.Entries); i < n; i++ {
 		t.Entries[integrity.Key{Digest: numbered(i)}] = entry()
 	}

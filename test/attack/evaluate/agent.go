@@ -22,8 +22,10 @@ import (
 // a window that opens during a restart is seen: it ran, or the door held.
 func agentAttacks() []technique {
 	on := func(id string, group int, as who, title string, attack func(*attempt) error) technique {
-		return technique{ID: id, Group: group, As: as, Agent: true, Host: true, Title: title, Stop: byGuard, Limit: 60,
-			Ran: "an unlisted program ran during or after the attack", Run: thenExec(attack)}
+		return technique{
+			ID: id, Group: group, As: as, Agent: true, Host: true, Title: title, Stop: byGuard, Limit: 60,
+			Ran: "an unlisted program ran during or after the attack", Run: thenExec(attack),
+		}
 	}
 	all := []technique{
 		on("bpf-detach", 34, asRoot, "all BPF links detached by id", detachLinks),

@@ -49,7 +49,7 @@ func run(args []string, in io.Reader, out io.Writer) error {
 	case len(args) == 2 && args[0] == "sum":
 		return sum(in, args[1], out)
 	}
-	return errors.New(usage)
+	return fmt.Errorf("%s", usage)
 }
 
 // storm counts how often a program ran that must never run. A refusal is EPERM
