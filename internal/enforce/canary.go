@@ -27,7 +27,8 @@ const canaryMark = "ringwall canary 1"
 // system and its digest is known when a policy is compiled. nil: no program for
 // this architecture.
 func canaryProgram(arch, tail string) []byte {
-	machine, code := uint16(0), []byte(nil)
+	var machine uint16
+	var code []byte
 	switch arch {
 	case "amd64": // xor edi,edi; mov eax,60; syscall
 		machine, code = 62, []byte{0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 0x05}
@@ -112,17 +113,17 @@ func (e *Engine) canary(ctx context.Context) (integrity.Mode, error) {
 	if err != nil {
 		return 0, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	listed, fresh := filepath.Join(dir, "listed"), filepath.Join(dir, "unlisted")
 	program := canaryProgram(runtime.GOARCH, canaryMark)
 	if program == nil {
 		return 0, fmt.Errorf("no program for %s: %w", runtime.GOARCH, errs.Unsupported)
 	}
-	if err := os.WriteFile(listed, program, 0o700); err != nil {
+	if err := os.WriteFile(listed, program, 0o700); err != nil { //nolint:gosec // a program, in a private directory
 		return 0, fmt.Errorf("write the listed program: %w", err)
 	}
 	program = canaryProgram(runtime.GOARCH, rand.Text())
-	if err := os.WriteFile(fresh, program, 0o700); err != nil {
+	if err := os.WriteFile(fresh, program, 0o700); err != nil { //nolint:gosec // as above
 		return 0, fmt.Errorf("write the unlisted program: %w", err)
 	}
 	e.expect(sha256.Sum256(program))
@@ -180,7 +181,11 @@ func (e *Engine) start(ctx context.Context, path string) error {
 		if !busy || try == 20 {
 			return err
 		}
-		time.Sleep(50 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
 	}
 }
 

@@ -145,10 +145,7 @@ func (e *Engine) open() error {
 // no moment without one. The agent's own role must be in place before the
 // guards are, see Protect.
 func (e *Engine) attach(spec *ebpf.CollectionSpec) error {
-	replace := map[string]*ebpf.Map{}
-	for name, m := range e.maps() {
-		replace[name] = m
-	}
+	replace := e.maps()
 	for _, m := range spec.Maps {
 		m.Pinning = ebpf.PinNone
 	}
@@ -396,8 +393,7 @@ func mountPins(dir string) error {
 func kernelDev(dev uint64) uint32 { return unix.Major(dev)<<20 | unix.Minor(dev) }
 
 func verifierError(err error) error {
-	var ve *ebpf.VerifierError
-	if errors.As(err, &ve) {
+	if ve, ok := errors.AsType[*ebpf.VerifierError](err); ok {
 		tail := ve.Log
 		if len(tail) > 20 {
 			tail = tail[len(tail)-20:]

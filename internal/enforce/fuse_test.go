@@ -46,8 +46,7 @@ func fuseServer(dev *os.File, content []byte) {
 				code = -int32(unix.ENOENT)
 				break
 			}
-			out = make([]byte, 40)
-			le.PutUint64(out[0:], 2)
+			out = append(le.AppendUint64(nil, 2), make([]byte, 32)...)
 			out = append(out, attr(2)...)
 		case 3: // GETATTR
 			out = append(make([]byte, 16), attr(node)...)
@@ -68,11 +67,9 @@ func fuseServer(dev *os.File, content []byte) {
 		default:
 			code = -int32(unix.ENOSYS)
 		}
-		head := make([]byte, 16)
-		le.PutUint32(head[0:], uint32(16+len(out)))
-		le.PutUint32(head[4:], uint32(code))
-		le.PutUint64(head[8:], unique)
-		if _, err := dev.Write(append(head, out...)); err != nil {
+		answer := le.AppendUint32(nil, uint32(16+len(out)))
+		answer = le.AppendUint64(le.AppendUint32(answer, uint32(code)), unique)
+		if _, err := dev.Write(append(answer, out...)); err != nil {
 			return
 		}
 	}
