@@ -135,8 +135,12 @@ func TestModules(t *testing.T) {
 	l.event(FromMemory)
 	l.allow(l.read("/proc/self/exe"), integrity.RoleModules, 0)
 	l.apply()
-	if err := l.role("init-module"); !refusedWith(err, 2) { // the kernel finds that it is no module
-		t.Errorf("with the role: %v", err)
+	want := 2 // the kernel finds that it is no module
+	if l.e.MustMeasure() {
+		want = 1
+	}
+	if err := l.role("init-module"); !refusedWith(err, want) {
+		t.Errorf("with the role: %v, want exit code %d", err, want)
 	}
 	fake := l.file("fake.ko", append([]byte("\x7fELF"), make([]byte, 4096)...))
 	l.drain()
@@ -157,6 +161,9 @@ func TestModules(t *testing.T) {
 // itself and uses init_module(2). RINGWALL_ADD brings it and a module along.
 func TestInsmod(t *testing.T) {
 	l := newLab(t)
+	if l.e.MustMeasure() {
+		t.Skip("SKIPPED, NOT TESTED: before Linux 6.9 the role has no effect")
+	}
 	const kmod = "/usr/bin/kmod"
 	modules, _ := filepath.Glob("/lib/modules/*/kernel/drivers/net/dummy.ko*")
 	if _, err := os.Stat(kmod); err != nil || len(modules) == 0 {
