@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -46,8 +47,7 @@ func fuseServer(dev *os.File, content []byte) {
 				code = -int32(unix.ENOENT)
 				break
 			}
-			out = append(le.AppendUint64(nil, 2), make([]byte, 32)...)
-			out = append(out, attr(2)...)
+			out = slices.Concat(le.AppendUint64(nil, 2), make([]byte, 32), attr(2))
 		case 3: // GETATTR
 			out = append(make([]byte, 16), attr(node)...)
 		case 14, 27: // OPEN, OPENDIR
