@@ -9,6 +9,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -99,16 +100,19 @@ func run(ctx context.Context, args []string) error {
 		Image: image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
 		Script: script(*profile != "", *options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
 	})
-	if err != nil {
+	// what was found before a guest went down is worth keeping
+	if results.kept.Len() > 0 {
+		err = errors.Join(err, os.WriteFile(filepath.Clean(*out), results.kept.Bytes(), 0o644))
+	}
+	switch {
+	case err != nil:
 		return err
-	}
-	if res.Exit != 0 {
+	case res.Exit != 0:
 		return fmt.Errorf("the evaluator ended with %d", res.Exit)
-	}
-	if len(results.kept.Bytes()) == 0 {
+	case results.kept.Len() == 0:
 		return fmt.Errorf("no results: %w", errs.NotFound)
 	}
-	return os.WriteFile(filepath.Clean(*out), results.kept.Bytes(), 0o644)
+	return nil
 }
 
 // mark stands before each line of the results in the guest's output.
@@ -127,6 +131,7 @@ func script(protected bool, options string) string {
 		"/payload/evaluate run -o /root/results " + options,
 		"rc=$?",
 		"sed 's/^/" + mark + "/' /root/results",
+		"echo results are out",
 		"exit $rc",
 	}, "\n") + "\n"
 }
