@@ -3,6 +3,7 @@ package enforce
 import (
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -198,4 +199,27 @@ func TestIdentity_layerInUse(t *testing.T) {
 		l.logEvents()
 	}
 	l.event(CodeWrite)
+}
+
+// A package manager's freedom is root's: a user may start apt-get with hooks of his own.
+func TestInterpreter_packages(t *testing.T) {
+	l := newLab(t)
+	l.allow(l.read("/proc/self/exe"), integrity.RolePackages, 1)
+	l.table.Interpreters = []integrity.Interpreter{pythonRule()}
+	l.apply()
+	l.drain()
+	if err := l.role("nothing", "-c", "code"); err != nil {
+		t.Errorf("code that a package manager hands to an interpreter: %v", err)
+	}
+	if ev := l.event(Inline); ev.Refused {
+		t.Errorf("event %+v", ev)
+	}
+	c := l.roleCommand("nothing", "-c", "code")
+	c.SysProcAttr.Credential = &syscall.Credential{Uid: 1000, Gid: 1000}
+	if err := c.Run(); !refusedWith(err, -1) {
+		t.Errorf("the same by a user: %v", err)
+	}
+	if ev := l.event(Inline); !ev.Refused || ev.UID != 1000 {
+		t.Errorf("event %+v", ev)
+	}
 }
