@@ -60,8 +60,8 @@ func BenchmarkEvent_recordAndWrite(b *testing.B) {
 		r := p.rec.record(&e, p.current.Load())
 		p.log.write(&r)
 	}
-	if p.log.lost > 0 || p.lost > 0 {
-		b.Fatalf("%d lines and %d events lost", p.log.lost, p.lost)
+	if p.log.lost > 0 || p.seq.lost > 0 {
+		b.Fatalf("%d lines and %d events lost", p.log.lost, p.seq.lost)
 	}
 }
 

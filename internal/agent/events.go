@@ -38,10 +38,11 @@ type pipeline struct {
 	now      func() time.Time
 	canary   func(enforce.Event) bool
 
-	mu       sync.Mutex
-	received uint64 // kernel events seen
-	lost     uint64 // by sequence number
-	lastSeq  uint64
+	mu   sync.Mutex
+	seq  sequence
+	seen *seenFile
+	// raised is how many events the kernel has raised; 0 if that is not known.
+	raised func() uint64
 
 	repeats map[repeatKey]*repeat
 }
@@ -57,6 +58,8 @@ type repeat struct {
 	record      Record
 	count       int
 	first, last time.Time
+	since       time.Time // by the monotonic clock: the other one may be moved
+	from        uint64    // number of the first one that is counted here
 }
 
 func newPipeline(a *Agent) (*pipeline, error) {
@@ -68,13 +71,29 @@ func newPipeline(a *Agent) (*pipeline, error) {
 	if err != nil {
 		return nil, err
 	}
+	seen, err := openSeen(a.state.path(dirEvents, "seen"))
+	if err != nil {
+		return nil, err
+	}
 	p := &pipeline{
+		seen: seen,
+		raised: func() uint64 {
+			s, err := a.watcher.Status()
+			if err != nil {
+				return 0
+			}
+			return s.Counters.Raised
+		},
 		queue: make(chan any, queueLen), log: log, now: a.opts.Now,
 		rec:     recorder{host: a.state.Host(), booted: booted, lookup: host.NewLookup("/")},
 		syslog:  host.OpenJournal("ringwall"),
 		hook:    newWebhook(a.state.Settings().Webhook, a.log),
 		canary:  a.watcher.IsCanary,
 		repeats: map[repeatKey]*repeat{},
+	}
+	// fewer than that: the kernel's programs were taken out and put in anew
+	if n := seen.read(); n <= p.raised() {
+		p.seq.last = n
 	}
 	return p, nil
 }
@@ -111,11 +130,14 @@ func (p *pipeline) run(ctx context.Context) {
 		case x := <-p.queue:
 			p.handle(x)
 		case <-tick.C:
-			p.expire(p.now())
+			p.expire(time.Now())
+			p.checkGaps(time.Now())
 			p.checkLog()
 		case <-ctx.Done():
 			p.drain()
-			p.expire(p.now().Add(repeatFor))
+			p.expire(time.Now().Add(repeatFor))
+			p.checkGaps(time.Now().Add(lateForLong))
+			p.checkLog()
 			p.log.close()
 			<-hookDone
 			return
@@ -147,25 +169,27 @@ func (p *pipeline) handle(x any) {
 	}
 }
 
-// count finds gaps: the kernel numbers what it raises, sent or not.
+// count notes the number: the kernel numbers what it raises, sent or not.
 func (p *pipeline) count(e *enforce.Event) {
 	p.mu.Lock()
-	last := p.lastSeq
-	p.received++
-	p.lastSeq = max(last, e.Seq)
-	var gap uint64
-	if last != 0 && e.Seq > last+1 {
-		gap = e.Seq - last - 1
-		p.lost += gap
-	}
+	defer p.mu.Unlock()
+	p.seq.take(e.Seq, time.Now())
+}
+
+// checkGaps tells of numbers whose event did not come.
+func (p *pipeline) checkGaps(now time.Time) {
+	n := p.raised()
+	p.mu.Lock()
+	p.seq.raised(n, time.Now())
+	lost := p.seq.overdue(now)
 	p.mu.Unlock()
-	if gap == 0 {
-		return
+	for _, x := range lost {
+		n := x.to - x.from + 1
+		p.emit(&Record{
+			Version: 1, Time: p.now().UTC(), Host: p.rec.host, Type: typeGap, Alert: true, Seq: x.from, Lost: n, Reason: "events-lost",
+			Text: fmt.Sprintf("%d events from number %d on were raised and lost: refusals were made as always, but there is no record of these", n, x.from),
+		})
 	}
-	p.emit(&Record{
-		Version: 1, Time: p.now().UTC(), Host: p.rec.host, Type: typeGap, Alert: true, Seq: last + 1, Lost: gap, Reason: "events-lost",
-		Text: fmt.Sprintf("%d events were raised and lost before number %d: refusals were made as always, but there is no record of these", gap, e.Seq),
-	})
 }
 
 // fold tells the first of a kind at once and counts the others.
@@ -175,13 +199,16 @@ func (p *pipeline) fold(r Record) {
 		refused: r.Type == typeBlock, uid: r.Process.UID,
 	}
 	if old := p.repeats[k]; old != nil {
+		if old.count == 0 {
+			old.from = r.Seq
+		}
 		old.count++
 		old.last = r.Time
 		old.record.Seq = r.Seq
 		return
 	}
 	if len(p.repeats) < maxRepeats {
-		p.repeats[k] = &repeat{record: r, first: r.Time, last: r.Time}
+		p.repeats[k] = &repeat{record: r, first: r.Time, last: r.Time, since: time.Now()}
 	}
 	p.emit(&r)
 }
@@ -189,7 +216,7 @@ func (p *pipeline) fold(r Record) {
 // expire tells the counts of what has not come again for a while.
 func (p *pipeline) expire(now time.Time) {
 	for k, x := range p.repeats {
-		if now.Sub(x.first) < repeatFor {
+		if now.Sub(x.since) < repeatFor {
 			continue
 		}
 		delete(p.repeats, k)
@@ -216,6 +243,7 @@ func (p *pipeline) checkLog() {
 	if p.log.flush() {
 		n += p.log.lost
 		p.log.lost = 0
+		_ = p.seen.write(p.told()) // without it the next agent tells a gap that is none
 	} else if n > 0 {
 		p.overflow.Add(n)
 		return
@@ -228,6 +256,22 @@ func (p *pipeline) checkLog() {
 	}
 }
 
+// told is the number up to which every event is in the log, or in it as lost.
+func (p *pipeline) told() uint64 {
+	p.mu.Lock()
+	n := p.seq.last
+	for _, x := range p.seq.missing {
+		n = min(n, x.from-1)
+	}
+	p.mu.Unlock()
+	for _, x := range p.repeats {
+		if x.count > 0 {
+			n = min(n, x.from-1)
+		}
+	}
+	return n
+}
+
 // Flow is how many events came through.
 type Flow struct {
 	Received uint64 `json:"received"`
@@ -237,7 +281,7 @@ type Flow struct {
 func (p *pipeline) flow() Flow {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return Flow{Received: p.received, Lost: p.lost}
+	return Flow{Received: p.seq.received, Lost: p.seq.lost}
 }
 
 func describe(r *Record) string {

@@ -32,6 +32,7 @@ type fakeKernel struct {
 	events    chan enforce.Event
 	closed    bool
 	removed   bool
+	counters  enforce.Counters
 }
 
 func newFakeKernel() *fakeKernel { return &fakeKernel{events: make(chan enforce.Event, 64)} }
@@ -63,12 +64,20 @@ func (k *fakeKernel) Guard(p ...string) error {
 	return nil
 }
 
-func (k *fakeKernel) Protect() error                             { k.protected = true; return nil }
+func (k *fakeKernel) Protect() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.protected = true
+	return nil
+}
+
 func (k *fakeKernel) Relax(d time.Duration) error                { k.relaxed = d; return nil }
 func (k *fakeKernel) TrustVolume(uint64, integrity.Digest) error { return nil }
 func (k *fakeKernel) ForgetVolume(uint64) error                  { return nil }
 func (k *fakeKernel) Status() (enforce.Status, error) {
-	return enforce.Status{Protected: k.protected}, nil
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return enforce.Status{Protected: k.protected, Counters: k.counters}, nil
 }
 func (k *fakeKernel) MustMeasure() bool      { return false }
 func (k *fakeKernel) Measure(*os.File) error { return nil }

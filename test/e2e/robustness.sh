@@ -82,6 +82,7 @@ frozen() {
 	calm "an unlisted program while the agent is frozen"
 	echo 0 >/sys/fs/cgroup/ice/cgroup.freeze
 	wait_for_agent
+	ringwall host canary >/dev/null # the next event shows what is missing before it
 	counted /root/evil-frozen 10000 "thawed, the agent tells"
 	[ "$lost" -gt 0 ] || bad "nothing was lost: this did not test a gap"
 	systemctl restart ringwall-agent

@@ -45,25 +45,24 @@ mkdir -p /root/ctr/rootfs/proc && cd /root/ctr || exit 1
 for f in /bin/ls /bin/sh $(ldd /bin/ls /bin/sh | grep -o '/[^ :]*'); do cp -L --parents "$f" rootfs/ 2>/dev/null; done
 cp /root/c/a rootfs/evil
 runc spec >/run/out 2>&1
-# contain COMMAND…: the words of a JSON list
+# contain COMMAND NAME: the words of a JSON list. With the service manager's help,
+# as container engines on Debian do it.
 contain() {
-	sed -e 's/"terminal": true/"terminal": false/' -e "s#\"sh\"#$1#" config.json >config.new && mkdir -p "$2" && mv config.new "$2/config.json" && cp -a rootfs "$2/"
-	runc run --bundle "$2" "$2"
+	rm -rf "$2"
+	sed -e 's/"terminal": true/"terminal": false/' -e "s#\"sh\"#$1#" -e "s#\"linux\": {#&\"cgroupsPath\": \"system.slice:e2e:$2\",#" config.json >config.new && mkdir -p "$2" && mv config.new "$2/config.json" && cp -a rootfs "$2/"
+	runc --systemd-cgroup run --bundle "$2" "$2"
 }
 works "a container of authorised content" contain '"/bin/ls", "/"' ctr1
 refused "an unsigned program in a container does not run" contain '"/evil"' ctr2
 works "it was Ringwall that refused it" sh -c 'sleep 3; ringwall events --blocks --output json | grep /evil | grep -q unlisted'
 
 # Refusals that were meant. Python's own byte code, made on this host, is in no
-# package: an import falls back to the source, with a record.
+# package: it is skipped without a word, and an import reads the source.
 sleep 3
-ringwall events --blocks --output json | grep -v '"path":"/root/c/a"\|"path":"/root/g/m"\|"path":"[^"]*/evil"' >/root/blocks || true
-printf 'note  %s refusals of byte code that Python made here\n' "$(grep -c '"path":"[^"]*/__pycache__/[^"]*\.pyc' /root/blocks)"
-grep -v '"path":"[^"]*/__pycache__/[^"]*\.pyc' /root/blocks >/root/false || true
+ringwall events --blocks --output json | grep -v '"path":"/root/c/a"\|"path":"/root/g/m"\|"path":"[^"]*/evil"' >/root/false || true
 if [ -s /root/false ]; then
 	bad "false denials: $(wc -l </root/false)"
-	ringwall events --blocks | grep -A2 BLOCK | head -n 200
-	head -n 8 /root/false
+	head -n 40 /root/false
 else
 	ok "not one false denial"
 fi
