@@ -106,6 +106,7 @@ func (p *pipeline) take(e enforce.Event) {
 	select {
 	case p.queue <- e:
 	default:
+		p.count(&e) // or it would be told as a gap, too
 		p.overflow.Add(1)
 	}
 }

@@ -121,3 +121,20 @@ func (k *fakeKernel) raise(n uint64) {
 	defer k.mu.Unlock()
 	k.counters = enforce.Counters{Raised: n}
 }
+
+// An event that found no room in the queue is told as that, and not as a gap too.
+func TestPipeline_overflowIsNoGap(t *testing.T) {
+	p := &pipeline{queue: make(chan any, 1)}
+	for n := uint64(1); n <= 3; n++ {
+		p.take(block(n, "/tmp/evil"))
+	}
+	first, ok := (<-p.queue).(enforce.Event)
+	if !ok {
+		t.Fatal("no event in the queue")
+	}
+	p.count(&first)
+	p.seq.raised(3, time.Now())
+	if lost := p.seq.overdue(time.Now().Add(time.Hour)); len(lost) != 0 || p.overflow.Load() != 2 {
+		t.Errorf("gaps %v, %d did not fit", lost, p.overflow.Load())
+	}
+}
