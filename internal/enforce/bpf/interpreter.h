@@ -532,7 +532,7 @@ static __always_inline enum suffix suffix_of(const struct interpreter *rule, con
 			continue;
 		bpf_probe_read_kernel(&tail, n & 7, d->d_name.name + (len - n));
 		if (tail == x->word)
-			return x->bytecode && name_is(d->d_parent, "__pycache__", 11) ? BYTECODE_SUFFIX : CODE_SUFFIX;
+			return x->bytecode ? BYTECODE_SUFFIX : CODE_SUFFIX;
 	}
 	return NO_SUFFIX;
 }
@@ -635,12 +635,11 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 	const char *asked = asked_name(t, x, &n);
 	bool named = is_named(x, info, f, asked, n);
 	__u16 type = f->f_inode->i_mode & S_IFMT;
-	if (type != S_IFREG) {
-		/* `. FIFO` in an authorised script is code as well */
-		bool code = named || (rule->reads == READS_STRICT && (type == S_IFIFO || type == S_IFSOCK) && !is_data(x, f, slot));
-		return code && !(info->roles & R_PACKAGES) ? judge_stream(c, s, info, rule, x, f) : 0;
-	}
-	enum suffix suffix = rule->reads == READS_ANY ? NO_SUFFIX : suffix_of(rule, f->f_path.dentry);
+	enum suffix suffix = NO_SUFFIX;
+	if (type == S_IFREG && rule->reads != READS_ANY)
+		suffix = suffix_of(rule, f->f_path.dentry);
+	else if (type != S_IFREG && type != S_IFIFO && !named)
+		return 0;
 	bool code = named || suffix;
 	__u16 kinds = BIT(K_SCRIPT);
 	if (!code) {
@@ -650,6 +649,8 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 	} else if (info->roles & R_MODULES) {
 		kinds |= BIT(K_MODULE); /* insmod names a module */
 	}
+	if (type != S_IFREG) /* `. FIFO` in an authorised script is code as well */
+		return info->roles & R_PACKAGES ? 0 : judge_stream(c, s, info, rule, x, f);
 	struct found o = {};
 	find(c, s, f, &o, may_hash);
 	struct report r = {
@@ -658,7 +659,7 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 	};
 	if (!(o.entry.kinds & kinds)) {
 		struct counts *n = counted();
-		if (named || suffix != BYTECODE_SUFFIX || !n)
+		if (named || suffix != BYTECODE_SUFFIX || !n || !name_is(f->f_path.dentry->d_parent, "__pycache__", 11))
 			return refuse(c, s, &r, true);
 		/* the interpreter's own copy of what it reads instead: as if it were not there */
 		__sync_fetch_and_add(&n->quiet, 1);

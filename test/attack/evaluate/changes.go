@@ -142,8 +142,11 @@ func overwriteDirect(a *attempt, victim string) error {
 	}
 	copy(memory, raw)
 	fd, err := unix.Open(victim, unix.O_WRONLY|unix.O_DIRECT, 0)
-	if err != nil {
+	if errors.Is(err, unix.EINVAL) { // a file system without it
 		return unavailable("O_DIRECT: %v", err)
+	}
+	if err != nil {
+		return err
 	}
 	_, err = unix.Pwrite(fd, memory, 0)
 	return errors.Join(err, unix.Close(fd))
