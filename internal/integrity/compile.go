@@ -171,8 +171,11 @@ func (c *Compiled) rule(o *Object) ruling {
 			continue
 		}
 		r.kinds |= SetOf(k)
-		if k == KindExec {
+		switch k {
+		case KindExec:
 			r.roles, r.interpreter = v.Roles, v.Interpreter
+		case KindLibrary:
+			r.interpreter = v.Interpreter
 		}
 	}
 	r.banned = r.kinds == 0 && c.Policy.ix.denied(o).by != noIndicator

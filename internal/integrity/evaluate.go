@@ -79,6 +79,8 @@ func Evaluate(p *Policy, o *Object, now time.Time) Verdict {
 	got.best.fill(&v, x.allowText[got.best.rule], p.Allow[got.best.rule].Rule)
 	if o.Kind == KindExec || o.Kind == KindBPF {
 		v.Roles = x.roles(o, now)
+	}
+	if o.Kind == KindExec || o.Kind == KindBPF || o.Kind == KindLibrary { // libpython makes an interpreter, too
 		v.Interpreter = x.interpreter(o)
 	}
 	if o.Kind == KindBPF && v.Roles&RoleBPF == 0 {

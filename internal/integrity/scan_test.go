@@ -11,11 +11,13 @@ import (
 // scan follows scan_argument of internal/enforce/bpf/interpreter.h: what the
 // kernel programs take an interpreter's arguments for.
 func scan(r *integrity.Interpreter, args []string) string {
-	var skip, done, stdin bool
+	var skip, done, stdin, script, doubt bool
+	candidate := ""
 	long := func(options []string, a string) (match, attached bool) {
 		for _, o := range options {
-			if rest, ok := strings.CutPrefix(a, o); ok && (rest == "" || rest[0] == '=') {
-				return true, rest != ""
+			o = o[:min(len(o), 16)]
+			if rest, ok := strings.CutPrefix(a, o); ok && (rest == "" || rest[0] == '=' || len(o) == 16) {
+				return true, strings.HasPrefix(rest, "=")
 			}
 		}
 		return false, false
@@ -24,20 +26,27 @@ func scan(r *integrity.Interpreter, args []string) string {
 		switch {
 		case skip:
 			skip = false
+		case script:
+			return "script " + a
 		case !done && a == "--":
 			done = true
 		case !done && strings.HasPrefix(a, "--"):
 			if is, _ := long(r.InlineLong, a); is {
 				return "inline"
 			}
+			doubt = !strings.Contains(a, "=")
 			if is, attached := long(r.ArgLong, a); is {
-				skip = !attached
+				skip, doubt = !attached, false
 			}
 		case !done && len(a) > 1 && (a[0] == '-' || a[0] == '+'):
 			for i := 1; i < min(len(a), 12); i++ {
 				c := rune(a[i])
 				if strings.ContainsRune(r.InlineFlags, c) {
 					return "inline"
+				}
+				if strings.ContainsRune(r.ScriptFlags, c) {
+					script = true
+					break
 				}
 				stdin = stdin || strings.ContainsRune(r.StdinFlags, c)
 				if strings.ContainsRune(r.ArgFlags, c) {
@@ -47,9 +56,18 @@ func scan(r *integrity.Interpreter, args []string) string {
 			}
 		case stdin || a == "-":
 			return "stdin"
+		case candidate != "":
+			return candidate
+		case r.Word == integrity.WordCode:
+			return "inline"
+		case doubt && !done:
+			candidate = "script " + a
 		default:
 			return "script " + a
 		}
+	}
+	if candidate != "" {
+		return candidate
 	}
 	return "stdin"
 }
@@ -66,7 +84,7 @@ func TestBaseline_commandLines(t *testing.T) {
 		{"shell", "bash -ec CODE", "inline"},
 		{"shell", "bash -eo pipefail -c CODE", "inline"},
 		{"shell", "bash --rcfile F -c CODE", "inline"},
-		{"shell", "bash --norc F -c x", "script F"},
+		{"shell", "bash --norc F -c x", "inline"},
 		{"shell", "bash +O extglob F", "script F"},
 		{"shell", "sh -e F", "script F"},
 		{"shell", "bash -s a b", "stdin"},
@@ -105,6 +123,13 @@ func TestBaseline_commandLines(t *testing.T) {
 		{"tcl", "expect -f F", "script F"},
 		{"awk", "mawk -F : -v x=1 -f F data", "script F"},
 		{"awk", "gawk --source CODE", "inline"},
+		{"awk", "mawk -F : CODE data", "inline"},
+		{"awk", "gawk -i F CODE", "inline"},
+		{"python", "python3 --check-hash-based-pycs default F", "script F"},
+		{"perl", "perl -d:MOD;CODE F", "inline"},
+		{"node", "node --unknown D -e CODE", "inline"},
+		{"node", "node --diagnostic-dir D F", "script F"},
+		{"node", "node --no-warnings F", "script F"},
 		{"fish", "fish --init-command CODE F", "inline"},
 		{"busybox", "sh -c CODE", "inline"},
 		{"java", "java Main", "script Main"},
@@ -141,6 +166,7 @@ func TestBaseline_programs(t *testing.T) {
 		{"python3.11-minimal", "usr/bin/python3.11", "python", 0},
 		{"pypy3", "usr/bin/pypy3.9", "python", integrity.RoleJIT},
 		{"perl-base", "usr/bin/perl", "perl", 0},
+		{"kmod", "bin/kmod", "kmod", integrity.RoleModules},
 		{"perl", "usr/bin/perl5.36-x86_64-linux-gnu", "perl", 0},
 		{"ruby3.1", "usr/bin/ruby3.1", "ruby", 0},
 		{"nodejs", "usr/bin/node", "node", integrity.RoleJIT},

@@ -47,9 +47,10 @@ static __always_inline __u32 process_of(struct inode *in)
 /*
  * Files that are switches: the one that turns the programs off, the agent's
  * cgroup and those above it (kill, freeze, limits), its /proc files. The service
- * manager puts processes into the agent's cgroup to start it, and thaws the
- * slices above whatever it starts or stops. Which controllers the cgroups below
- * have limits nothing: container engines say so too.
+ * manager starts the agent in its cgroup, thaws the slices above whatever it
+ * starts, and writes the limits of a slice and all that is in it whenever one of
+ * them gets a controller: only killing is not its. Which controllers the cgroups
+ * below have limits nothing: container engines say so too.
  */
 static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
 {
@@ -70,7 +71,7 @@ static __always_inline __u16 is_switch(const struct steering *c, struct file *f)
 		its |= dir == c->agent_cgroups[i];
 	if (!its || name_is(d, "cgroup.subtree_control", 22))
 		return 0;
-	if (bpf_get_current_pid_tgid() >> 32 == 1 && (name_is(d, "cgroup.procs", 12) || name_is(d, "cgroup.freeze", 13)))
+	if (bpf_get_current_pid_tgid() >> 32 == 1 && !name_is(d, "cgroup.kill", 11))
 		return 0;
 	return WHY_GUARD_AGENT;
 }

@@ -418,7 +418,9 @@ static __always_inline void check_source(struct steering *c, struct generation *
 	if (r.mode == M_OFF)
 		return;
 	if (x) {
-		/* the scan left the argument that decided in name */
+		/* the scan left what decided in name; after -c the code says more than the option */
+		if (source == FROM_INLINE && x->scan.left && x->name[0] == '-' && x->name[1] != '-')
+			bpf_probe_read_user_str(x->name, sizeof(x->name), (void *)x->scan.next);
 		r.detail = x->name;
 	}
 	/* past the point of no return: an error cannot be given back, a kill before the first instruction can */

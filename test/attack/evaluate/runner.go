@@ -107,6 +107,7 @@ func (r *runner) attempt(ctx context.Context, p attemptPlan) result {
 	case err != nil:
 		res.Error = strings.TrimSpace(err.Error() + " " + ans.Error)
 	}
+	res.Error = res.Error[:min(len(res.Error), 2000)]
 	res.end = time.Now()
 	res.Seconds = res.end.Sub(start).Seconds()
 	return res

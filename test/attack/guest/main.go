@@ -18,6 +18,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -95,11 +96,17 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("prepare Ringwall: %w", err)
 		}
 	}
-	results := &splitter{to: os.Stdout}
+	ctx, cut := context.WithCancel(ctx)
+	defer cut()
+	results := &splitter{to: os.Stdout, atEnd: func() { time.AfterFunc(grace, cut) }}
 	res, err := vm.RunDebian(ctx, vm.DebianGuest{
 		Image: image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
 		Script: script(*profile != "", *options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
 	})
+	if err != nil && results.complete {
+		fmt.Fprintln(os.Stderr, "guest: it gave its results and did not stop by itself:", err)
+		err, res.Exit = nil, results.exit
+	}
 	// what was found before a guest went down is worth keeping
 	if results.kept.Len() > 0 {
 		err = errors.Join(err, os.WriteFile(filepath.Clean(*out), results.kept.Bytes(), 0o644))
@@ -115,8 +122,16 @@ func run(ctx context.Context, args []string) error {
 	return nil
 }
 
-// mark stands before each line of the results in the guest's output.
-const mark = "ATTACK-RESULT "
+// mark stands before each line of the results in the guest's output, endMark
+// after them before the evaluator's exit code.
+const (
+	mark    = "ATTACK-RESULT "
+	endMark = "ATTACK-END "
+)
+
+// grace is how long a guest may take to stop after that: some attacks leave
+// file systems behind that cannot be synchronised.
+const grace = 20 * time.Second
 
 func script(protected bool, options string) string {
 	protection := ""
@@ -131,16 +146,19 @@ func script(protected bool, options string) string {
 		"/payload/evaluate run -o /root/results " + options,
 		"rc=$?",
 		"sed 's/^/" + mark + "/' /root/results",
-		"echo results are out",
+		"echo " + endMark + "$rc",
 		"exit $rc",
 	}, "\n") + "\n"
 }
 
 // splitter passes the guest's output on and keeps the lines with results.
 type splitter struct {
-	to   io.Writer
-	line []byte
-	kept bytes.Buffer
+	to       io.Writer
+	atEnd    func()
+	line     []byte
+	kept     bytes.Buffer
+	complete bool
+	exit     int
 }
 
 func (s *splitter) Write(p []byte) (int, error) {
@@ -151,6 +169,10 @@ func (s *splitter) Write(p []byte) (int, error) {
 		}
 		if rest, ok := bytes.CutPrefix(s.line, []byte(mark)); ok {
 			s.kept.Write(bytes.ReplaceAll(rest, []byte("\r"), nil))
+		} else if rest, ok := bytes.CutPrefix(s.line, []byte(endMark)); ok {
+			code, err := strconv.Atoi(string(bytes.TrimSpace(rest)))
+			s.complete, s.exit = err == nil, code
+			s.atEnd()
 		} else if _, err := s.to.Write(s.line); err != nil {
 			return 0, err
 		}
