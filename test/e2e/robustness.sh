@@ -4,6 +4,7 @@
 probe=/root/harness/probe
 evil=/root/evil
 wanted=/etc/systemd/system/sysinit.target.wants/ringwall-agent.service
+dropin=/etc/systemd/system/ringwall-agent.service.d
 epoch() { ringwall status --output json | sed -n 's/.*"epoch": *\([0-9]*\).*/\1/p' | head -n 1; }
 agent_pid() { systemctl show -p MainPID --value ringwall-agent; }
 # sign EPOCH: the same policy with a higher epoch
@@ -246,11 +247,15 @@ case $RINGWALL_BOOT in
 	if [ "$(epoch)" = 9 ]; then ok "a crash right after epoch 9 was applied: it is in force"; else bad "epoch 9 is gone: $(epoch)"; fi
 	refused "an unlisted program after the second crash" $evil
 	# As if the disk were in another machine: a boot without the agent.
-	works "root takes the agent out of the next boot" rm $wanted
+	refused "taking the agent out of the next boot" rm $wanted
+	touch /root/offline
+	mkdir -p $dropin
+	printf '[Unit]\nConditionPathExists=!/root/offline\n' >$dropin/offline.conf
 	restart_guest
 	;;
 4)
 	works "a boot without the agent, for changes of the disk" $evil
+	rm /root/offline
 	cp -a $state /root/state
 	# shown TITLE WORDS: with the state as it is, the agent does not start, and says why.
 	shown() {
@@ -282,7 +287,7 @@ case $RINGWALL_BOOT in
 	head -c 100 "$(find $state/packages -name '*.json' | head -n 1)" >"$state/packages/.x.json.tmp-2"
 	head -c 1000 /dev/zero >$state/incoming/deb-3
 	printf '{"version":1,"ti' >>$state/events/events.jsonl
-	works "and back in" ln -s ../ringwall-agent.service $wanted
+	rm -r $dropin
 	restart_guest
 	;;
 5)
