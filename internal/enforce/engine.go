@@ -121,6 +121,7 @@ func (e *Engine) open() error {
 		return err
 	}
 	st.Layout, st.Overlay = layout, overlayShape()
+	st.SignedModules = signedModules()
 	if err := e.steer(st); err != nil {
 		return err
 	}

@@ -135,12 +135,17 @@ func TestModules(t *testing.T) {
 	l.event(FromMemory)
 	l.allow(l.read("/proc/self/exe"), integrity.RoleModules, 0)
 	l.apply()
-	want := 2 // the kernel finds that it is no module
-	if l.e.MustMeasure() {
-		want = 1
+	signed := func(v uint32) {
+		if err := l.e.change(func(st *engineSteering) { st.SignedModules = v }); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if err := l.role("init-module"); !refusedWith(err, want) {
-		t.Errorf("with the role: %v, want exit code %d", err, want)
+	defer signed(signedModules())
+	for v, want := range map[uint32]int{0: 1, 1: 2} { // 2: the kernel finds that it is no module
+		signed(v)
+		if err := l.role("init-module"); !refusedWith(err, want) {
+			t.Errorf("with the role, signatures %d: %v, want exit code %d", v, err, want)
+		}
 	}
 	fake := l.file("fake.ko", append([]byte("\x7fELF"), make([]byte, 4096)...))
 	l.drain()
@@ -161,8 +166,8 @@ func TestModules(t *testing.T) {
 // itself and uses init_module(2). RINGWALL_ADD brings it and a module along.
 func TestInsmod(t *testing.T) {
 	l := newLab(t)
-	if l.e.MustMeasure() {
-		t.Skip("SKIPPED, NOT TESTED: before Linux 6.9 the role has no effect")
+	if err := l.e.change(func(st *engineSteering) { st.SignedModules = 1 }); err != nil {
+		t.Fatal(err)
 	}
 	const kmod = "/usr/bin/kmod"
 	modules, _ := filepath.Glob("/lib/modules/*/kernel/drivers/net/dummy.ko*")

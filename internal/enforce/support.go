@@ -105,6 +105,16 @@ func imaHelper() Problems {
 
 // dropUnsupported leaves out what this kernel has no hook for, and of two forms
 // of one program the one for other kernels. Uncovered tells what is lost.
+// signedModules is 1 if the kernel takes no module without a good signature.
+// That can be switched on and never off again. What cannot be read counts as off.
+func signedModules() uint32 {
+	raw, err := os.ReadFile("/sys/module/module/parameters/sig_enforce")
+	if err == nil && strings.TrimSpace(string(raw)) == "Y" {
+		return 1
+	}
+	return 0
+}
+
 func dropUnsupported(spec *ebpf.CollectionSpec) error {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
@@ -128,10 +138,8 @@ func dropUnsupported(spec *ebpf.CollectionSpec) error {
 	}
 	if params("bpf_lsm_file_post_open") >= 0 {
 		delete(spec.Programs, "rw_open_early")
-		delete(spec.Programs, "rw_kernel_load_early")
 	} else {
 		delete(spec.Programs, "rw_open")
-		delete(spec.Programs, "rw_kernel_load")
 	}
 	if params("bpf_lsm_inode_setattr") == 2 {
 		delete(spec.Programs, "rw_setattr")

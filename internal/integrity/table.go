@@ -41,7 +41,7 @@ const (
 	RoleDebug     Role = 1 << 4 // may ptrace others
 	RolePackages  Role = 1 << 5 // a package manager; inherited by everything it starts
 	RoleBlock     Role = 1 << 6 // may write to mounted block devices
-	RoleModules   Role = 1 << 7 // may hand kernel modules over from memory (a modprobe that decompresses); make it a strict interpreter too
+	RoleModules   Role = 1 << 7 // may hand kernel modules over from memory (a kmod that decompresses), where the kernel insists on signatures
 )
 
 // Reads says which files an interpreter may open.

@@ -243,10 +243,12 @@ long BPF_PROG(rw_kernel_read, struct file *file, unsigned long id, bool contents
 
 /*
  * Kernel code from memory: init_module(2), the old kexec_load(2). There is no
- * file to judge; R_MODULES is for a modprobe that decompresses by itself and,
- * as a strict interpreter, can only have read authorised files.
+ * file to judge. R_MODULES is for those that decompress modules themselves, and
+ * only where the kernel then insists on a signature: what they read, and where,
+ * root can tell them.
  */
-static __always_inline long judge_load(unsigned long id, bool by_role)
+SEC("lsm/kernel_load_data")
+long BPF_PROG(rw_kernel_load, unsigned long id, bool contents)
 {
 	__u16 kind = 0;
 	if (id == bpf_core_enum_value(enum kernel_load_data_id, LOADING_MODULE))
@@ -262,18 +264,11 @@ static __always_inline long judge_load(unsigned long id, bool by_role)
 	if (!c || !in_scope(c))
 		return 0;
 	struct generation *s = settings_of(c);
-	if (!s || !s->modes[kind & 7] || (kind == K_MODULE && by_role && may(R_MODULES)))
+	if (!s || !s->modes[kind & 7] || (kind == K_MODULE && c->signed_modules && may(R_MODULES)))
 		return 0;
 	struct report r = { .kind = kind, .mode = s->modes[kind & 7], .reason = WHY_FROM_MEMORY };
 	return refuse(c, s, &r, false);
 }
-
-SEC("lsm/kernel_load_data")
-long BPF_PROG(rw_kernel_load, unsigned long id, bool contents) { return judge_load(id, true); }
-
-/* Where file_post_open is missing: what an interpreter opens cannot be hashed there, so the role would promise too much. */
-SEC("lsm/kernel_load_data")
-long BPF_PROG(rw_kernel_load_early, unsigned long id, bool contents) { return judge_load(id, false); }
 
 /*
  * READ_IMPLIES_EXEC makes the next brk(2) executable without asking any hook.

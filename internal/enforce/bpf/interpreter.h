@@ -676,14 +676,11 @@ static __always_inline long judge_read(struct steering *c, struct generation *s,
 	return 0;
 }
 
-/* Where the kernel cannot hash what kmod opens, it judges what kmod hands over: files, and nothing from memory. */
-#define EARLY_EXEMPT R_MODULES
-
 static __always_inline long opened_for_reading(struct file *file, bool may_hash)
 {
 	struct task_struct *t = bpf_get_current_task_btf();
 	struct task *info = task_info(t);
-	if (!info || !info->interpreter || (!may_hash && info->roles & EARLY_EXEMPT) || !(file->f_mode & FMODE_READ) || file->f_flags & FMODE_EXEC_FLAG)
+	if (!info || !info->interpreter || !(file->f_mode & FMODE_READ) || file->f_flags & FMODE_EXEC_FLAG)
 		return 0;
 	__u16 type = file->f_inode->i_mode & S_IFMT;
 	if (type == S_IFDIR)

@@ -122,6 +122,8 @@ struct steering {
 	__u32 canary_mode;  /* enum mode that it proved */
 	__u32 agent;        /* tgid of the agent in the first pid namespace */
 	__u32 mount_ns;     /* the agent's mount namespace */
+	__u32 signed_modules; /* 1: the kernel takes no module without a good signature (module.sig_enforce), for good */
+	__u32 pad;
 	__u32 layout;       /* LAYOUT of the object that made the maps */
 	__u8 object[32];    /* SHA-256 of the object whose programs are attached */
 };

@@ -99,7 +99,12 @@ func run(ctx context.Context, args []string) error {
 	ctx, cut := context.WithCancel(ctx)
 	defer cut()
 	results := &splitter{to: os.Stdout, atEnd: func() { time.AfterFunc(grace, cut) }}
+	cmdline := ""
+	if *profile != "" {
+		cmdline = "module.sig_enforce=1" // as the baseline asks; kmod decompresses 6.12's modules itself
+	}
 	res, err := vm.RunDebian(ctx, vm.DebianGuest{
+		Cmdline: cmdline,
 		Image: image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
 		Script: script(*profile != "", *options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
 	})
