@@ -8,6 +8,11 @@ fi
 wait_for_agent
 ringwall status | head -n 6
 works "it enforces from boot on, by systemd" systemctl is-active ringwall-agent
+if [ "$(systemctl show -p NRestarts --value ringwall-agent)" = 0 ]; then
+	ok "the agent started at once"
+else
+	bad "the agent started again: $(journalctl -u ringwall-agent -b --no-pager | grep -m 3 -i 'error\|fail' | cut -c1-600)"
+fi
 up=$(systemctl show -p ActiveEnterTimestampMonotonic --value ringwall-agent)
 ok "enforcing $((up / 1000)) ms after the kernel started"
 works "no unit failed" sh -c 'x=$(systemctl list-units --failed --no-legend --plain); echo "$x"; test -z "$x"'
