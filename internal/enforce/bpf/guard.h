@@ -276,8 +276,24 @@ long BPF_PROG(rw_setnice, struct task_struct *target, int nice) { return guard_a
 SEC("lsm/task_setioprio")
 long BPF_PROG(rw_setioprio, struct task_struct *target, int priority) { return guard_agent(target); }
 
+/*
+ * The current task is in write(2), by the number with which it came into the
+ * kernel; a 32-bit task's numbers are others, and this one is none that sets a
+ * priority.
+ */
+static __always_inline bool is_writing(void)
+{
+	void *regs = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
+#ifdef __TARGET_ARCH_x86
+	return BPF_CORE_READ((const struct pt_regs___call_x86 *)regs, orig_ax) == 1;
+#else
+	return BPF_CORE_READ((const struct pt_regs___call *)regs, syscallno) == 64;
+#endif
+}
+
+/* Before 6.6, cpuset asks this of all below a cgroup that gets the controller, though nothing is set. */
 SEC("lsm/task_setscheduler")
-long BPF_PROG(rw_setscheduler, struct task_struct *target) { return guard_agent(target); }
+long BPF_PROG(rw_setscheduler, struct task_struct *target) { return is_writing() ? 0 : guard_agent(target); }
 
 SEC("lsm/task_movememory")
 long BPF_PROG(rw_movememory, struct task_struct *target) { return guard_agent(target); }

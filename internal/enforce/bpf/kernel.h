@@ -108,8 +108,8 @@ struct fown_struct;
 struct posix_acl;
 struct mnt_idmap;
 /* registers of a system call */
-struct pt_regs___call_x86 { unsigned long di, bx; };
-struct pt_regs___call { __u64 regs[31]; };
+struct pt_regs___call_x86 { unsigned long di, bx, orig_ax; };
+struct pt_regs___call { __u64 regs[31]; int syscallno; };
 struct dm_verity_digest { const char *alg; const __u8 *digest; __u64 digest_len; };
 enum lsm_integrity_type { LSM_INT_DMVERITY_SIG_VALID, LSM_INT_DMVERITY_ROOTHASH, LSM_INT_FSVERITY_BUILTINSIG_VALID };
 
