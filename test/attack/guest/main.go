@@ -105,7 +105,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	res, err := vm.RunDebian(ctx, vm.DebianGuest{
 		Cmdline: cmdline,
-		Image: image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
+		Image:   image, Kernel: kernels[at], Payload: kit, Output: results, Machine: vm.Machine{MemMiB: 2048},
 		Script: script(*profile != "", *options), Unmask: []string{"proc-sys-fs-binfmt_misc.automount"},
 	})
 	if err != nil && results.complete {
