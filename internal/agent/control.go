@@ -251,15 +251,7 @@ func (a *Agent) ApplyPolicy(ctx context.Context, q PolicyRequest) (Status, error
 func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	roots, err := a.state.anchor.roots()
-	if err != nil {
-		return err
-	}
-	signed, err := codesign.VerifyPolicy(q.Policy, roots)
-	if err != nil {
-		return err
-	}
-	p, err := integrity.ParsePolicy(signed.YAML)
+	p, _, err := a.state.believe(q.Policy)
 	if err != nil {
 		return err
 	}

@@ -39,21 +39,33 @@ type Skipped struct {
 	Why  string `json:"why"`
 }
 
+// believe verifies and reads a policy that an authority of this host signed.
+func (s *State) believe(bundle []byte) (*integrity.Policy, *codesign.SignedPolicy, error) {
+	roots, err := s.anchor.roots()
+	if err != nil {
+		return nil, nil, err
+	}
+	return verifyPolicy(bundle, roots)
+}
+
+func verifyPolicy(bundle []byte, roots pki.TrustRoots) (*integrity.Policy, *codesign.SignedPolicy, error) {
+	signed, err := codesign.VerifyPolicy(bundle, roots)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := integrity.ParsePolicy(signed.YAML)
+	return p, signed, err
+}
+
 // load verifies a signed policy and compiles it with all that is stored. self
 // is the digest of the running agent.
 func (s *State) load(bundle []byte, self integrity.Digest, now time.Time) (*loaded, error) {
 	l := &loaded{bundle: bundle}
-	roots, err := s.anchor.roots()
+	base, signed, err := s.believe(bundle)
 	if err != nil {
 		return nil, err
 	}
-	if l.signed, err = codesign.VerifyPolicy(bundle, roots); err != nil {
-		return nil, err
-	}
-	base, err := integrity.ParsePolicy(l.signed.YAML)
-	if err != nil {
-		return nil, err
-	}
+	l.signed = signed
 	if base.Supplements != "" {
 		return nil, fmt.Errorf("policy %s adds to %s: apply it as a supplement: %w", base.Name, base.Supplements, errs.Invalid)
 	}
@@ -110,11 +122,7 @@ func (s *State) supplement(name string, roots pki.TrustRoots, base string) (*int
 }
 
 func verifySupplement(bundle []byte, roots pki.TrustRoots, base string) (*integrity.Policy, error) {
-	signed, err := codesign.VerifyPolicy(bundle, roots)
-	if err != nil {
-		return nil, err
-	}
-	p, err := integrity.ParsePolicy(signed.YAML)
+	p, _, err := verifyPolicy(bundle, roots)
 	if err != nil {
 		return nil, err
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"time"
 
-	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
@@ -57,15 +56,7 @@ func (s *State) prepare(ctx context.Context, u Setup, now time.Time, out *Prepar
 	if len(u.Policy) == 0 {
 		return nil
 	}
-	roots, err := s.anchor.roots()
-	if err != nil {
-		return err
-	}
-	signed, err := codesign.VerifyPolicy(u.Policy, roots)
-	if err != nil {
-		return err
-	}
-	p, err := integrity.ParsePolicy(signed.YAML)
+	p, _, err := s.believe(u.Policy)
 	if err != nil {
 		return err
 	}
@@ -106,15 +97,7 @@ func AdoptPackages(ctx context.Context, dir string, files []string, now time.Tim
 	if err != nil {
 		return nil, fmt.Errorf("adopt packages: %w", err)
 	}
-	roots, err := s.anchor.roots()
-	if err != nil {
-		return nil, err
-	}
-	signed, err := codesign.VerifyPolicy(bundle, roots)
-	if err != nil {
-		return nil, err
-	}
-	p, err := integrity.ParsePolicy(signed.YAML)
+	p, _, err := s.believe(bundle)
 	if err != nil {
 		return nil, err
 	}
