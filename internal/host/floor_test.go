@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -52,7 +53,8 @@ func (e *emulator) start() {
 		e.t.Fatal(err)
 	}
 	for range 200 {
-		if _, err := os.Stat(e.path); err == nil {
+		if c, err := net.Dial("unix", e.path); err == nil { // it exists a while before anyone listens
+			_ = c.Close()
 			return
 		}
 		time.Sleep(10 * time.Millisecond)

@@ -66,6 +66,17 @@ func TestRun(t *testing.T) {
 			args: []string{"fuzz", "1s", "1s", "."},
 			code: 1, sum: "1 passed, 1 failed, 0 skipped", shown: []string{"found it"},
 		},
+		"the time of a fuzz target is over": {
+			// what go test prints then, see onlyTimeOver
+			test: "func TestMain(*testing.M) { os.Stdout.WriteString(\"=== RUN   FuzzA\\nfuzz: elapsed: 1s, execs: 9\\n--- FAIL: FuzzA (1.00s)\\n    context deadline exceeded\\nFAIL\\n\"); os.Exit(1) }",
+			args: []string{"test", "-count=1", "."},
+			sum:  "1 passed, 0 failed, 0 skipped",
+		},
+		"a fuzz target with a finding at its end": {
+			test: "func TestMain(*testing.M) { os.Stdout.WriteString(\"=== RUN   FuzzA\\n--- FAIL: FuzzA (1.00s)\\n    bad\\n    context deadline exceeded\\nFAIL\\n\"); os.Exit(1) }",
+			args: []string{"test", "-count=1", "."},
+			code: 1, sum: "0 passed, 1 failed, 0 skipped", shown: []string{"bad"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			writeModule(t, "package demo\n\nimport (\n\"os\"\n\"testing\"\n)\n\nvar _ = os.Exit\nvar _ testing.T\n"+tc.test+"\n")
