@@ -31,10 +31,10 @@ const (
 var (
 	base   = []string{"errs", "id", "pki", "api"}
 	domain = []string{
-		"integrity", "codesign", "codesign/archive", "rollout", "incident", "attest",
+		"integrity", "codesign", "codesign/archive", "kernelsig", "gate", "csv", "rollout", "incident", "attest",
 		"fleet", "vm", "vault", "identity", "rbac", "policy", "audit",
 	}
-	adapters = []string{"store", "enforce", "host", "hypervisor", "keystore"}
+	adapters = []string{"store", "enforce", "host", "hypervisor", "keystore", "artefact", "image", "transparency", "notify"}
 )
 
 // floors says which of our packages each package may import. A package that is
@@ -51,23 +51,34 @@ var floors = map[string][]string{
 	"codesign": {"errs", "id", "pki", "integrity"},
 	// Apart from codesign, so that OpenPGP is linked only where a Debian archive is verified.
 	"codesign/archive": {"errs", "id", "pki", "codesign"},
-	"rollout":          {"errs", "id", "pki"},
-	"incident":         {"errs", "id", "pki"},
-	"attest":           {"errs", "id", "pki"},
-	"fleet":            {"errs", "id", "pki", "attest"},
-	"vm":               {"errs", "id", "pki", "attest"},
-	"vault":            {"errs", "id", "pki"},
-	"identity":         {"errs", "id", "pki"},
-	"rbac":             {"errs", "id", "pki"},
-	"policy":           {"errs", "id", "pki"},
-	"audit":            {"errs", "id", "pki"},
+	"kernelsig":        {"errs", "id", "pki"},
+	"gate":             {"errs", "id", "pki"},
+	// CSV asks the policy's evaluator about a build's members, and the kernel's own signatures about modules.
+	"csv":      {"errs", "id", "pki", "integrity", "codesign", "kernelsig", "gate"},
+	"rollout":  {"errs", "id", "pki"},
+	"incident": {"errs", "id", "pki"},
+	"attest":   {"errs", "id", "pki"},
+	"fleet":    {"errs", "id", "pki", "attest"},
+	"vm":       {"errs", "id", "pki", "attest"},
+	"vault":    {"errs", "id", "pki"},
+	"identity": {"errs", "id", "pki"},
+	"rbac":     {"errs", "id", "pki"},
+	"policy":   {"errs", "id", "pki"},
+	"audit":    {"errs", "id", "pki"},
 
 	"store":      slices.Concat(base, domain),
 	"enforce":    with(base, "integrity"),
 	"host":       with(base, "attest"),
 	"hypervisor": with(base, "vm"),
 	"keystore":   with(base, "vault"),
+	// Readers of other people's formats stay out of what a host runs.
+	"artefact":     with(base, "integrity", "codesign"),
+	"image":        with(base, "integrity", "codesign", "kernelsig"),
+	"transparency": base,
+	"notify":       base,
 
+	// The only process that holds a build key: it makes the catalogue itself and asks the gates before it signs.
+	"signer":  with(base, "integrity", "codesign", "gate", "kernelsig", "artefact", "transparency", "keystore", "notify"),
 	"control": slices.Concat(base, domain),
 	"httpapi": with(slices.Concat(base, domain), "control"),
 	"console": with(slices.Concat(base, domain), "control"),
