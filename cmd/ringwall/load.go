@@ -89,17 +89,17 @@ func loadRelease(file string, roots pki.TrustRoots) (*loadedRelease, error) {
 // loadSources reads releases that a policy trusts, for Compile. A directory
 // stands for every release in it. One that does not verify is an error: what
 // is asked about would come out wrong without it.
-func loadSources(paths []string, t integrity.Trust) ([]integrity.Source, error) {
-	roots := codesign.Roots(t, codesign.SignsBuild)
+func loadSources(paths []string, p *integrity.Policy) ([]integrity.Source, error) {
+	roots := codesign.Roots(p, codesign.SignsBuild)
 	var out []integrity.Source
-	for _, p := range paths {
-		files := []string{p}
-		if st, err := os.Stat(p); err == nil && st.IsDir() {
-			if files, err = filepath.Glob(filepath.Join(globQuote(p), "*"+extRelease)); err != nil {
-				return nil, fmt.Errorf("releases of %s: %w", p, err)
+	for _, path := range paths {
+		files := []string{path}
+		if st, err := os.Stat(path); err == nil && st.IsDir() {
+			if files, err = filepath.Glob(filepath.Join(globQuote(path), "*"+extRelease)); err != nil {
+				return nil, fmt.Errorf("releases of %s: %w", path, err)
 			}
 			if len(files) == 0 {
-				return nil, fmt.Errorf("releases of %s: no file ends in %s: %w", p, extRelease, errs.NotFound)
+				return nil, fmt.Errorf("releases of %s: no file ends in %s: %w", path, extRelease, errs.NotFound)
 			}
 		}
 		for _, f := range files {
@@ -154,7 +154,7 @@ func loadRoots(path string, p pki.Purpose) (pki.TrustRoots, error) {
 	if err != nil {
 		return pki.TrustRoots{}, err
 	}
-	r := codesign.Roots(policy.Trust, p.String())
+	r := codesign.Roots(policy, p.String())
 	if len(r.CAs) == 0 || len(r.TSAs) == 0 {
 		return r, fmt.Errorf("policy %s trusts nobody to sign a %v: %w", path, p, errs.Untrusted)
 	}

@@ -127,7 +127,7 @@ func lint(p *integrity.Policy, now time.Time) []string {
 	if p.Supplements != "" {
 		return out
 	}
-	if len(codesign.Roots(p.Trust, codesign.SignsPolicy).CAs) == 0 {
+	if len(codesign.Roots(p, codesign.SignsPolicy).CAs) == 0 {
 		warn("it trusts nobody to sign policies: a host could never get another one")
 	}
 	if len(p.Trust.Authorities) > 0 && len(p.Trust.Timestamps) == 0 {

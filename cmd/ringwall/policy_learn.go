@@ -313,7 +313,7 @@ func (l *learning) releases(paths []string) error {
 	if len(paths) == 0 {
 		return nil
 	}
-	sources, err := loadSources(paths, l.in.Trust)
+	sources, err := loadSources(paths, &integrity.Policy{Trust: l.in.Trust})
 	if err != nil {
 		return err
 	}

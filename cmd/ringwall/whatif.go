@@ -48,7 +48,7 @@ func (q *whatIf) load(ctx context.Context, e *env) (*integrity.Compiled, time.Ti
 	if p, err = joinFiles(p, q.supplements); err != nil {
 		return nil, now, err
 	}
-	sources, err := loadSources(q.releases, p.Trust)
+	sources, err := loadSources(q.releases, p)
 	if err != nil {
 		return nil, now, err
 	}

@@ -414,7 +414,7 @@ func (a *Agent) settle(ctx context.Context, l *loaded) error {
 	if err := a.state.confirm(l.bundle); err != nil {
 		return fmt.Errorf("epoch %d is in force, but not stored: %w", l.policy.Epoch, err)
 	}
-	if err := a.state.follow(l.policy.Trust); err != nil {
+	if err := a.state.follow(l.policy); err != nil {
 		return err
 	}
 	if err := a.floor.Raise(l.policy.Epoch); err != nil {

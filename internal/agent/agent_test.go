@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -331,6 +332,39 @@ func TestApplyPolicy_changesAuthority(t *testing.T) {
 	l.start()
 	if got := l.status().Policy.Epoch; got != 7 {
 		t.Errorf("epoch %d is in force", got)
+	}
+}
+
+// A policy authority that was stolen at a time signs no later policy, while the
+// one that it signed before stays in force.
+func TestApplyPolicy_revokedAuthority(t *testing.T) {
+	l := newLab(t)
+	l.prepare(l.policy(5, "audit", ""))
+	l.start()
+	ca := integrity.Digest(pki.Fingerprint(l.keys.Issuers[pki.PurposePolicy].Cert))
+	apply := func(epoch int, from string) error {
+		var s Status
+		deny := fmt.Sprintf("deny:\n  - rule: stolen\n    certificate:\n      - sha256: %v\n        from: %s\n", ca, from)
+		return l.client().Call(t.Context(), "policy", PolicyRequest{Policy: l.policy(epoch, "audit", deny)}, &s)
+	}
+	soon := l.now().Add(time.Hour).UTC().Format(time.RFC3339)
+	if err := apply(6, soon); err != nil {
+		t.Fatal(err)
+	}
+	l.forward(2 * time.Hour)
+	if err := apply(7, soon); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("a policy signed by an authority after it was revoked: %v", err)
+	}
+	if err := apply(7, l.now().Add(time.Hour).UTC().Format(time.RFC3339)); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("a thief lifts the revocation: %v", err)
+	}
+	l.stop()
+	l.start()
+	if got := l.status().Policy.Epoch; got != 6 {
+		t.Errorf("epoch %d is in force", got)
+	}
+	if err := apply(7, soon); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("after a restart: %v", err)
 	}
 }
 

@@ -256,7 +256,7 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 		return err
 	}
 	for i, r := range q.Releases {
-		if _, err := a.state.addRelease(r.Record, r.Catalogue, r.Names, p.Trust); err != nil {
+		if _, err := a.state.addRelease(r.Record, r.Catalogue, r.Names, p); err != nil {
 			return fmt.Errorf("release %d: %w", i+1, err)
 		}
 	}
@@ -323,7 +323,7 @@ func (a *Agent) AddRelease(ctx context.Context, q ReleaseRequest) (ReleaseAnswer
 	if a.loaded == nil {
 		return ReleaseAnswer{}, fmt.Errorf("add release: no policy is in force: %w", errs.Conflict)
 	}
-	r, err := a.state.addRelease(q.Record, q.Catalogue, q.Names, a.loaded.policy.Trust)
+	r, err := a.state.addRelease(q.Record, q.Catalogue, q.Names, a.loaded.policy)
 	if err != nil {
 		return ReleaseAnswer{}, fmt.Errorf("add release: %w", err)
 	}
@@ -361,7 +361,7 @@ func (a *Agent) UsePermit(_ context.Context, q DocumentRequest) (PermitAnswer, e
 		return PermitAnswer{}, fmt.Errorf("use permit: no policy is in force: %w", errs.Conflict)
 	}
 	now := a.clock.now()
-	p, err := codesign.VerifyPermit(q.Document, codesign.Roots(a.loaded.policy.Trust, codesign.SignsPermit), a.state.Host(), now)
+	p, err := codesign.VerifyPermit(q.Document, codesign.Roots(a.loaded.policy, codesign.SignsPermit), a.state.Host(), now)
 	if err != nil {
 		return PermitAnswer{}, fmt.Errorf("use permit: %w", err)
 	}

@@ -70,7 +70,7 @@ func (s *State) load(bundle []byte, self integrity.Digest, now time.Time) (*load
 		return nil, fmt.Errorf("policy %s adds to %s: apply it as a supplement: %w", base.Name, base.Supplements, errs.Invalid)
 	}
 	// The next start believes whom this policy trusts, and has to believe this policy.
-	if _, err := codesign.VerifyPolicy(bundle, codesign.Roots(base.Trust, codesign.SignsPolicy)); err != nil {
+	if _, err := codesign.VerifyPolicy(bundle, codesign.Roots(base, codesign.SignsPolicy)); err != nil {
 		return nil, fmt.Errorf("policy %s does not trust its own signer: to change authorities, trust the old and the new one in one epoch, and sign the next with the new one: %w", base.Name, err)
 	}
 	if l.policy, err = s.withSupplements(base, l); err != nil {
@@ -93,7 +93,7 @@ func (s *State) withSupplements(base *integrity.Policy, l *loaded) (*integrity.P
 	if err != nil {
 		return nil, err
 	}
-	roots := codesign.Roots(base.Trust, codesign.SignsSupplement)
+	roots := codesign.Roots(base, codesign.SignsSupplement)
 	var supps []*integrity.Policy
 	for _, n := range names {
 		p, err := s.supplement(n, roots, base.Name)
@@ -144,7 +144,7 @@ func (s *State) sources(l *loaded) ([]integrity.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	roots := codesign.Roots(l.policy.Trust, codesign.SignsBuild)
+	roots := codesign.Roots(l.policy, codesign.SignsBuild)
 	for _, r := range records {
 		src, err := s.release(r, roots)
 		if err != nil {
@@ -200,8 +200,8 @@ func (s *State) release(record string, roots pki.TrustRoots) (integrity.Source, 
 
 // addRelease stores a release that verifies against the trust given, and
 // returns it. One that is stored already changes nothing.
-func (s *State) addRelease(bundle, catalogue, names []byte, t integrity.Trust) (*codesign.Release, error) {
-	r, c, err := codesign.VerifyRelease(bundle, catalogue, codesign.Roots(t, codesign.SignsBuild))
+func (s *State) addRelease(bundle, catalogue, names []byte, p *integrity.Policy) (*codesign.Release, error) {
+	r, c, err := codesign.VerifyRelease(bundle, catalogue, codesign.Roots(p, codesign.SignsBuild))
 	if err != nil {
 		return nil, err
 	}
@@ -300,7 +300,7 @@ func supplementName(policy string) (string, error) {
 // addSupplement stores a supplemental policy of the policy in force. A lower
 // epoch than the stored one of that name is refused.
 func (s *State) addSupplement(bundle []byte, base *integrity.Policy) (*integrity.Policy, error) {
-	p, err := verifySupplement(bundle, codesign.Roots(base.Trust, codesign.SignsSupplement), base.Name)
+	p, err := verifySupplement(bundle, codesign.Roots(base, codesign.SignsSupplement), base.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -316,7 +316,7 @@ func (s *State) addSupplement(bundle []byte, base *integrity.Policy) (*integrity
 	case bytes.Equal(old, bundle):
 		return p, nil
 	default:
-		was, err := verifySupplement(old, codesign.Roots(base.Trust, codesign.SignsSupplement), base.Name)
+		was, err := verifySupplement(old, codesign.Roots(base, codesign.SignsSupplement), base.Name)
 		if err == nil && was.Epoch >= p.Epoch {
 			return nil, fmt.Errorf("supplement %s has epoch %d, epoch %d is in force: %w", name, p.Epoch, was.Epoch, errs.Conflict)
 		}

@@ -61,16 +61,16 @@ func (s *State) prepare(ctx context.Context, u Setup, now time.Time, out *Prepar
 		return err
 	}
 	out.Policy, out.Epoch = p.Name, p.Epoch
-	if err := s.stock(ctx, u, p.Trust, now, out); err != nil {
+	if err := s.stock(ctx, u, p, now, out); err != nil {
 		return err
 	}
 	return s.confirm(u.Policy)
 }
 
 // stock stores releases and packages that a policy trusts.
-func (s *State) stock(ctx context.Context, u Setup, t integrity.Trust, now time.Time, out *Prepared) error {
+func (s *State) stock(ctx context.Context, u Setup, p *integrity.Policy, now time.Time, out *Prepared) error {
 	for i, r := range u.Releases {
-		rel, err := s.addRelease(r.Record, r.Catalogue, r.Names, t)
+		rel, err := s.addRelease(r.Record, r.Catalogue, r.Names, p)
 		if err != nil {
 			return fmt.Errorf("release %d: %w", i+1, err)
 		}
@@ -80,7 +80,7 @@ func (s *State) stock(ctx context.Context, u Setup, t integrity.Trust, now time.
 		return nil
 	}
 	var err error
-	out.Packages, _, err = s.trustPackages(ctx, cmp.Or(u.Root, "/"), u.Packages, t, now)
+	out.Packages, _, err = s.trustPackages(ctx, cmp.Or(u.Root, "/"), u.Packages, p.Trust, now)
 	return err
 }
 

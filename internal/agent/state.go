@@ -53,6 +53,7 @@ type Anchor struct {
 	Host        string       `json:"host"` // this host's id; break-glass permits name it
 	Authorities []AnchorCert `json:"authorities"`
 	Timestamps  []AnchorCert `json:"timestamps"`
+	Revoked     []Revocation `json:"revoked,omitempty"`
 	Settings    Settings     `json:"settings"`
 	Suites      []SeenSuite  `json:"suites,omitempty"`
 }
@@ -67,6 +68,12 @@ type SeenSuite struct {
 type AnchorCert struct {
 	Name string `json:"name"`
 	PEM  string `json:"pem"`
+}
+
+// Revocation is a certificate that is not believed for signatures from a time on.
+type Revocation struct {
+	SHA256 string `json:"sha256"`         // fingerprint
+	From   int64  `json:"from,omitempty"` // Unix seconds; 0: none of them
 }
 
 // Settings are choices of the operator that no policy makes.
@@ -187,6 +194,17 @@ func (a *Anchor) roots() (pki.TrustRoots, error) {
 			*list.to = append(*list.to, pki.Anchor{Name: c.Name, Cert: cert})
 		}
 	}
+	for _, x := range a.Revoked {
+		d, err := integrity.ParseDigest(x.SHA256)
+		if err != nil {
+			return r, fmt.Errorf("revoked certificate: %w", err)
+		}
+		v := pki.Revocation{Fingerprint: d}
+		if x.From != 0 {
+			v.From = time.Unix(x.From, 0)
+		}
+		r.Revoked = append(r.Revoked, v)
+	}
 	return r, nil
 }
 
@@ -203,8 +221,9 @@ func AnchorFor(authorities, timestamps []*x509.Certificate) Anchor {
 }
 
 // follow takes over whom a confirmed policy trusts to sign the next one.
-func (s *State) follow(t integrity.Trust) error {
+func (s *State) follow(p *integrity.Policy) error {
 	var as, ts []*x509.Certificate
+	t := &p.Trust
 	for _, a := range t.Authorities {
 		if slices.Contains(a.Signs, "policy") {
 			as = append(as, a.Certificate)
@@ -214,14 +233,21 @@ func (s *State) follow(t integrity.Trust) error {
 		ts = append(ts, x.Certificate)
 	}
 	next := AnchorFor(as, ts)
-	if slices.Equal(next.Authorities, s.anchor.Authorities) && slices.Equal(next.Timestamps, s.anchor.Timestamps) {
+	for _, r := range p.Revoked() {
+		v := Revocation{SHA256: integrity.Digest(r.Fingerprint).String()}
+		if !r.From.IsZero() {
+			v.From = r.From.Unix()
+		}
+		next.Revoked = append(next.Revoked, v)
+	}
+	if slices.Equal(next.Authorities, s.anchor.Authorities) && slices.Equal(next.Timestamps, s.anchor.Timestamps) && slices.Equal(next.Revoked, s.anchor.Revoked) {
 		return nil
 	}
 	if len(as) == 0 || len(ts) == 0 {
 		return fmt.Errorf("the policy names nobody who could sign the next one: %w", errs.Invalid)
 	}
 	was := s.anchor
-	s.anchor.Authorities, s.anchor.Timestamps = next.Authorities, next.Timestamps
+	s.anchor.Authorities, s.anchor.Timestamps, s.anchor.Revoked = next.Authorities, next.Timestamps, next.Revoked
 	if err := s.saveAnchor(); err != nil {
 		s.anchor = was
 		return fmt.Errorf("take over the policy's authorities: %w", err)

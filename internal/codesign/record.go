@@ -51,13 +51,15 @@ type Gate struct {
 // Release is a verified release record.
 type Release struct {
 	ReleaseInfo
-	Record          integrity.Digest // SHA-256 of the signed statement; names the release in deny rules
-	CA              string           // name of the trusted CA
-	CertFingerprint integrity.Digest // of the signing certificate, see pki.Fingerprint
-	Identity        string           // the signer's URI
-	SignedAt        time.Time
-	Catalogue       integrity.Digest // SHA-256 of the catalogue
-	Names           integrity.Digest // SHA-256 of the name table
+	Record    integrity.Digest // SHA-256 of the signed statement; names the release in deny rules
+	CA        string           // name of the trusted CA
+	Identity  string           // the signer's URI
+	SignedAt  time.Time
+	Catalogue integrity.Digest // SHA-256 of the catalogue
+	Names     integrity.Digest // SHA-256 of the name table
+
+	// Of the signing certificate, of its CA and of who signed the timestamp, see pki.Fingerprint.
+	CertFingerprint, CAFingerprint, TSAFingerprint integrity.Digest
 }
 
 type wireDigest struct {
@@ -173,7 +175,8 @@ func VerifyRelease(bundle, catalogue []byte, roots pki.TrustRoots) (*Release, *C
 	if err != nil {
 		return nil, nil, fmt.Errorf("release record: %w", err)
 	}
-	r.CA, r.Identity, r.CertFingerprint, r.SignedAt = v.CA, v.Identity, v.Fingerprint, v.SignedAt
+	r.CA, r.Identity, r.SignedAt = v.CA, v.Identity, v.SignedAt
+	r.CertFingerprint, r.CAFingerprint, r.TSAFingerprint = v.Fingerprint, v.CAFingerprint, v.TSAFingerprint
 	return r, c, nil
 }
 

@@ -19,9 +19,14 @@ const (
 )
 
 // Roots returns whom a policy trusts to sign one sort of document. Nobody is a
-// valid answer: then nothing verifies.
-func Roots(t integrity.Trust, signs string) pki.TrustRoots {
+// valid answer: then nothing verifies. A revoked certificate does not keep a
+// release from being verified: the evaluator denies it, with the rule's name.
+func Roots(p *integrity.Policy, signs string) pki.TrustRoots {
 	var r pki.TrustRoots
+	if signs != SignsBuild {
+		r.Revoked = p.Revoked()
+	}
+	t := &p.Trust
 	for _, a := range t.Authorities {
 		if slices.Contains(a.Signs, signs) {
 			r.CAs = append(r.CAs, pki.Anchor{Name: a.Name, Cert: a.Certificate})
@@ -50,8 +55,9 @@ func ReleaseSource(r *Release, c *Catalogue, names []byte) (integrity.Source, er
 		return integrity.Source{}, fmt.Errorf("release %s %s: %w", r.Product, r.Version, err)
 	}
 	return sourceOf(integrity.Origin{
-		Release: r.Record, Authority: r.CA, Identity: r.Identity, Certificate: r.CertFingerprint,
-		SignedAt: r.SignedAt, Product: r.Product, Epoch: r.Epoch, Version: r.Version,
+		Release: r.Record, Authority: r.CA, Identity: r.Identity,
+		Certificates: [3]integrity.Digest{r.CertFingerprint, r.CAFingerprint, r.TSAFingerprint},
+		SignedAt:     r.SignedAt, Product: r.Product, Epoch: r.Epoch, Version: r.Version,
 	}, c, t), nil
 }
 

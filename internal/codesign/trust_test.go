@@ -2,6 +2,7 @@ package codesign_test
 
 import (
 	"errors"
+	"slices"
 	"testing"
 	"testing/fstest"
 
@@ -14,23 +15,27 @@ import (
 func TestRoots_bySort(t *testing.T) {
 	a := authority(t)
 	build, policy := a.Issuers[pki.PurposeBuild].Cert, a.Issuers[pki.PurposePolicy].Cert
-	trust := integrity.Trust{
+	stolen := pki.Revocation{Fingerprint: pki.Fingerprint(policy)}
+	p := &integrity.Policy{Deny: []integrity.DenyRule{{Certificates: []integrity.Revocation{{Certificate: stolen.Fingerprint}}}}, Trust: integrity.Trust{
 		Authorities: []integrity.Authority{
 			{Name: "builds", Signs: []string{codesign.SignsBuild}, Certificate: build},
 			{Name: "policies", Signs: []string{codesign.SignsPolicy, codesign.SignsSupplement}, Certificate: policy},
 		},
 		Timestamps: []integrity.Timestamp{{Name: "clock", Certificate: a.TSA.Cert}},
-	}
+	}}
 	for sort, want := range map[string]string{
 		codesign.SignsBuild: "builds", codesign.SignsPolicy: "policies", codesign.SignsSupplement: "policies", codesign.SignsPermit: "",
 	} {
-		r := codesign.Roots(trust, sort)
+		r := codesign.Roots(p, sort)
 		got := ""
 		if len(r.CAs) == 1 {
 			got = r.CAs[0].Name
 		}
 		if got != want || len(r.CAs) > 1 || len(r.TSAs) != 1 {
 			t.Errorf("%s: %+v, want authority %q and the timestamp authority", sort, r, want)
+		}
+		if revoked := slices.Contains(r.Revoked, stolen); revoked == (sort == codesign.SignsBuild) {
+			t.Errorf("%s: the revocation is given to the verifier: %v; of a release the evaluator judges", sort, revoked)
 		}
 	}
 }

@@ -162,9 +162,12 @@ func (x *index) deniedDigest(f *found, by int, in map[Digest]ruleList, d Digest)
 // void finds the deny rule that takes away an origin's word.
 func (x *index) void(g *Origin) found {
 	f := found{by: noIndicator}
-	if !g.Certificate.IsZero() {
-		for i := range x.revoked[g.Certificate] {
-			r := &x.revoked[g.Certificate][i]
+	for _, c := range g.Certificates {
+		if c.IsZero() {
+			continue
+		}
+		for i := range x.revoked[c] {
+			r := &x.revoked[c][i]
 			if (r.from.IsZero() || !g.SignedAt.Before(r.from)) && x.betterDeny(&f, byCertificate, r.rule) {
 				f = found{by: byCertificate, rule: r.rule, value: r.hex, text: r.text}
 			}

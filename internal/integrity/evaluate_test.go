@@ -11,7 +11,7 @@ import (
 func TestEvaluate(t *testing.T) {
 	exec, library, script := integrity.SetOf(integrity.KindExec), integrity.SetOf(integrity.KindLibrary), integrity.SetOf(integrity.KindScript)
 	release := integrity.Origin{
-		Release: digest(20), Authority: "ca1", Identity: "spiffe://fleet.example/build/main", Certificate: digest(21),
+		Release: digest(20), Authority: "ca1", Identity: "spiffe://fleet.example/build/main", Certificates: [3]integrity.Digest{digest(21), digest(23), digest(24)},
 		SignedAt: noon().Add(-time.Hour), Product: "edged", Epoch: 12,
 	}
 	old := release
@@ -25,6 +25,9 @@ func TestEvaluate(t *testing.T) {
 	hash := integrity.AllowRule{Rule: "hotfix", SHA256: []integrity.Digest{digest(1)}}
 	exception := integrity.AllowRule{Rule: "vendor", SHA256: []integrity.Digest{digest(1)}, Until: noon(), Reason: "ticket 7"}
 	revoked := integrity.DenyRule{Rule: "leaked", Reason: "key stolen", Certificates: []integrity.Revocation{{Certificate: digest(21), From: noon().Add(-2 * time.Hour)}}}
+	revokedCA := integrity.DenyRule{Rule: "ca", Certificates: []integrity.Revocation{{Certificate: digest(23), From: noon().Add(-2 * time.Hour)}}}
+	revokedLater := integrity.DenyRule{Rule: "ca", Certificates: []integrity.Revocation{{Certificate: digest(23), From: noon()}}}
+	revokedTSA := integrity.DenyRule{Rule: "tsa", Certificates: []integrity.Revocation{{Certificate: digest(24)}}}
 	jit := integrity.ProgramRule{Rule: "node", May: integrity.RoleJIT, Match: integrity.Match{Files: []string{"usr/bin/node"}, Package: "nodejs"}}
 	python := integrity.InterpreterRule{
 		Match: []integrity.Match{{Files: []string{"usr/bin/node*"}}}, Interpreter: integrity.Interpreter{Name: "node"},
@@ -79,7 +82,22 @@ func TestEvaluate(t *testing.T) {
 			name: "revoked from a time on", policy: integrity.Policy{Allow: []integrity.AllowRule{signer}, Deny: []integrity.DenyRule{revoked}},
 			object: integrity.Object{SHA256: digest(1), Memberships: []integrity.Membership{of(release, exec)}},
 			want:   integrity.Verdict{Rule: "leaked", Indicator: integrity.Indicator{Type: "certificate", Value: digest(21).String()}},
-			reason: "revoked: the certificate that signed it is not trusted for signatures from 2026-11-25T10:00:00Z on: key stolen",
+			reason: "revoked: a certificate behind its signature is not trusted for signatures from 2026-11-25T10:00:00Z on: key stolen",
+		},
+		{
+			name: "its authority is revoked from a time on", policy: integrity.Policy{Allow: []integrity.AllowRule{signer}, Deny: []integrity.DenyRule{revokedCA}},
+			object: integrity.Object{SHA256: digest(1), Memberships: []integrity.Membership{of(release, exec)}},
+			want:   integrity.Verdict{Rule: "ca", Indicator: integrity.Indicator{Type: "certificate", Value: digest(23).String()}},
+		},
+		{
+			name: "signed before its authority was revoked", policy: integrity.Policy{Allow: []integrity.AllowRule{hash}, Deny: []integrity.DenyRule{revokedLater}},
+			object: integrity.Object{SHA256: digest(1), Memberships: []integrity.Membership{of(release, exec)}},
+			want:   integrity.Verdict{Allow: true, Rule: "hotfix", Indicator: integrity.Indicator{Type: "sha256", Value: digest(1).String()}},
+		},
+		{
+			name: "its timestamp authority is revoked", policy: integrity.Policy{Allow: []integrity.AllowRule{signer}, Deny: []integrity.DenyRule{revokedTSA}},
+			object: integrity.Object{SHA256: digest(1), Memberships: []integrity.Membership{of(release, exec)}},
+			want:   integrity.Verdict{Rule: "tsa", Indicator: integrity.Indicator{Type: "certificate", Value: digest(24).String()}},
 		},
 		{
 			name:   "a bare digest does not lift a revocation",

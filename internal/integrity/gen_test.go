@@ -179,7 +179,8 @@ func (d *dice) host() *host {
 		if d.maybe() {
 			o.Archive, o.Package = d.one("debian", "own"), d.one("nodejs", "python3", "node-x")
 		} else {
-			o.Release, o.Certificate, o.SignedAt = d.digest(), d.digest(), d.time()
+			o.Release, o.SignedAt = d.digest(), d.time()
+			o.Certificates = [3]integrity.Digest{d.digest(), d.digest(), d.digest()}
 			o.Authority, o.Identity = d.one("ca1", "ca2"), d.one("spiffe://x/a", "spiffe://x/b")
 			o.Product, o.Epoch = d.one("edged", "web"), uint32(d.n(4))
 		}

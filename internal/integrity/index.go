@@ -159,7 +159,7 @@ func (x *index) addDeny(i int32, r *DenyRule) {
 	}
 	x.denyText = append(x.denyText, "denied by rule "+r.Rule+why)
 	for _, c := range r.Certificates {
-		text := "revoked: the certificate that signed it is not trusted"
+		text := "revoked: a certificate behind its signature is not trusted"
 		if !c.From.IsZero() {
 			text += " for signatures from " + c.From.UTC().Format(time.RFC3339) + " on"
 		}

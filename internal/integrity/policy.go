@@ -3,6 +3,8 @@ package integrity
 import (
 	"crypto/x509"
 	"time"
+
+	"ringwall/internal/pki"
 )
 
 // Policy is what may run on a host, and what those programs may do. ParsePolicy
@@ -106,7 +108,19 @@ type DenyRule struct {
 	Reason       string
 }
 
-// Revocation distrusts what a certificate signed from a time on.
+// Revoked returns every revocation of the policy's deny rules.
+func (p *Policy) Revoked() []pki.Revocation {
+	var out []pki.Revocation
+	for i := range p.Deny {
+		for _, c := range p.Deny[i].Certificates {
+			out = append(out, pki.Revocation{Fingerprint: c.Certificate, From: c.From})
+		}
+	}
+	return out
+}
+
+// Revocation distrusts what was signed from a time on with a certificate, by a
+// CA that issued the certificate, or with the timestamp of an authority.
 type Revocation struct {
 	Certificate Digest    // fingerprint as pki.Fingerprint gives it
 	From        time.Time // zero: all of it
@@ -154,13 +168,15 @@ type Knob struct {
 // verified archive.
 type Origin struct {
 	// Of a release.
-	Release     Digest // SHA-256 of the signed statement
-	Authority   string
-	Identity    string
-	Certificate Digest
-	SignedAt    time.Time
-	Product     string
-	Epoch       uint32
+	Release   Digest // SHA-256 of the signed statement
+	Authority string
+	Identity  string
+	// Certificates are the fingerprints of the signing certificate, of its CA
+	// and of who signed the timestamp.
+	Certificates [3]Digest
+	SignedAt     time.Time
+	Product      string
+	Epoch        uint32
 	// Of a package.
 	Archive string
 	Package string

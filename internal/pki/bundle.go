@@ -28,8 +28,16 @@ type Anchor struct {
 
 // TrustRoots is whom a verifier believes.
 type TrustRoots struct {
-	CAs  []Anchor
-	TSAs []Anchor
+	CAs     []Anchor
+	TSAs    []Anchor
+	Revoked []Revocation // what is no longer believed of it
+}
+
+// Revocation distrusts a certificate from a time on: a leaf, a CA or a
+// timestamp authority. The time is compared with the trusted timestamp.
+type Revocation struct {
+	Fingerprint [32]byte  // see Fingerprint
+	From        time.Time // zero: everything that it ever signed
 }
 
 // Verified is what a verified bundle says.
@@ -40,8 +48,10 @@ type Verified struct {
 	CA          string    // name of the anchor that issued the leaf
 	TSA         string    // name of the anchor that stamped the signature
 	Identity    string    // the leaf's URI
-	Fingerprint [32]byte  // of the leaf, see Fingerprint
 	Leaf        *x509.Certificate
+
+	// Of the leaf, of its CA and of who signed the timestamp, see Fingerprint.
+	Fingerprint, CAFingerprint, TSAFingerprint [32]byte
 }
 
 // The Sigstore bundle v0.3 (protobuf JSON), as far as Ringwall accepts it.
@@ -158,7 +168,7 @@ func (s *Signer) sign(payloadType string, payload []byte) ([]byte, error) {
 // errs.Untrusted when it is well formed but not to be believed.
 func VerifyBundle(bundle []byte, roots TrustRoots, want Purpose) (*Verified, error) {
 	v, err := verifyBundle(bundle, roots, want)
-	if err != nil {
+	if err != nil { // and what v says is not to be believed
 		return nil, fmt.Errorf("verify %v bundle: %w", want, err)
 	}
 	return v, nil
@@ -189,13 +199,34 @@ func verifyBundle(bundle []byte, roots TrustRoots, want Purpose) (*Verified, err
 	if err != nil {
 		return nil, err
 	}
-	return &Verified{
-		Payload: o.payload, PayloadType: o.payloadType, SignedAt: stamp.Time, CA: ca, TSA: stamp.TSA,
-		Identity: o.leaf.URIs[0].String(), Fingerprint: Fingerprint(o.leaf), Leaf: o.leaf,
-	}, nil
+	v := &Verified{
+		Payload: o.payload, PayloadType: o.payloadType, SignedAt: stamp.Time, CA: ca.Name, TSA: stamp.TSA,
+		Identity: o.leaf.URIs[0].String(), Leaf: o.leaf,
+		Fingerprint: Fingerprint(o.leaf), CAFingerprint: Fingerprint(ca.Cert), TSAFingerprint: Fingerprint(stamp.Signer),
+	}
+	return v, v.notRevoked(roots.Revoked)
 }
 
-func findCA(leaf *x509.Certificate, cas []Anchor, want Purpose, at time.Time) (string, error) {
+func (v *Verified) notRevoked(revoked []Revocation) error {
+	for _, c := range []struct {
+		what        string
+		fingerprint [32]byte
+	}{
+		{"certificate of " + v.Identity, v.Fingerprint},
+		{"authority " + v.CA, v.CAFingerprint},
+		{"timestamp authority " + v.TSA, v.TSAFingerprint},
+	} {
+		for _, r := range revoked {
+			if c.fingerprint == r.Fingerprint && !v.SignedAt.Before(r.From) {
+				return fmt.Errorf("%s is revoked for signatures from %s on, this one is from %s: %w", c.what,
+					r.From.UTC().Format(time.RFC3339), v.SignedAt.UTC().Format(time.RFC3339), errs.Untrusted)
+			}
+		}
+	}
+	return nil
+}
+
+func findCA(leaf *x509.Certificate, cas []Anchor, want Purpose, at time.Time) (Anchor, error) {
 	why := fmt.Errorf("certificate of %q: issuer %q is not trusted: %w", leaf.URIs[0], leaf.Issuer.CommonName, errs.Untrusted)
 	for _, a := range cas {
 		if !bytes.Equal(a.Cert.RawSubject, leaf.RawIssuer) {
@@ -206,11 +237,11 @@ func findCA(leaf *x509.Certificate, cas []Anchor, want Purpose, at time.Time) (s
 			err = issuedBy(leaf, a.Cert, at)
 		}
 		if err == nil {
-			return a.Name, nil
+			return a, nil
 		}
 		why = err
 	}
-	return "", why
+	return Anchor{}, why
 }
 
 type opened struct {

@@ -191,6 +191,32 @@ func TestVerifyBundle_CAProfile(t *testing.T) {
 	}
 }
 
+func TestVerifyBundle_revoked(t *testing.T) {
+	w := newWorld(t)
+	s := w.signer(t, pki.PurposePolicy)
+	b, err := s.Sign(payloadType, []byte("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]*x509.Certificate{
+		"leaf": s.Leaf, "authority": w.Issuers[pki.PurposePolicy].Cert, "timestamp authority": w.TSA.Cert, "": w.Root.Cert,
+	} {
+		for from, refused := range map[time.Time]bool{{}: true, epoch(): true, epoch().Add(-time.Hour): true, epoch().Add(time.Second): false} {
+			r := w.Roots(pki.PurposePolicy)
+			r.Revoked = []pki.Revocation{{Fingerprint: pki.Fingerprint(c), From: from}}
+			v, err := pki.VerifyBundle(b, r, pki.PurposePolicy)
+			switch {
+			case name == "" || !refused:
+				if err != nil {
+					t.Errorf("%q from %v: %v", name, from, err)
+				}
+			case !errors.Is(err, errs.Untrusted) || v != nil:
+				t.Errorf("%s revoked from %v: %v, %v", name, from, v, err)
+			}
+		}
+	}
+}
+
 func TestVerifyBundle_edits(t *testing.T) {
 	w := newWorld(t)
 	s := w.signer(t, pki.PurposeBuild)
