@@ -35,7 +35,7 @@ type Built struct {
 func Build(s Source, o Options) (*Built, error) {
 	b := &builder{
 		options: o, hasher: NewHasher(), buf: make([]byte, 256<<10),
-		files: make(map[string]content), names: make(map[integrity.Digest][]Name),
+		files: make(map[place]content), names: make(map[integrity.Digest][]Name),
 		out: &Built{Kinds: make(map[integrity.Kind]int)},
 	}
 	if err := s.Walk(b.visit); err != nil {
@@ -51,12 +51,15 @@ type builder struct {
 	options Options
 	hasher  *Hasher
 	buf     []byte
-	files   map[string]content // by path, for hard links
+	files   map[place]content // for hard links
 	records []Record
 	names   map[integrity.Digest][]Name
 	others  []Name
 	out     *Built
 }
+
+// place is where a member was found.
+type place struct{ origin, path string }
 
 // content is what is known of a regular file besides its name and mode.
 type content struct {
@@ -67,19 +70,20 @@ type content struct {
 }
 
 func (b *builder) visit(m Member, r io.Reader) error {
-	if _, dup := b.files[m.Path]; dup {
+	at := place{m.Origin, m.Path}
+	if _, dup := b.files[at]; dup {
 		return fmt.Errorf("%q appears twice: %w", m.Path, errs.Invalid)
 	}
 	switch {
 	case m.Hard:
-		c, ok := b.files[m.Link]
+		c, ok := b.files[place{m.Origin, m.Link}]
 		if !ok {
 			return fmt.Errorf("%q is a hard link to %q, which does not come before it: %w", m.Path, m.Link, errs.Invalid)
 		}
 		if c.inner.IsZero() && Classify(m.Path, c.mode, nil).Compressed != "" {
 			return fmt.Errorf("%q names compressed kernel code that %q does not: %w", m.Path, m.Link, errs.Unsupported)
 		}
-		b.files[m.Path] = c
+		b.files[at] = c
 		b.add(m, c)
 		return nil
 	case !m.Mode.IsRegular():
@@ -92,7 +96,7 @@ func (b *builder) visit(m Member, r io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("%q: %w", m.Path, err)
 	}
-	b.files[m.Path] = c
+	b.files[at] = c
 	b.out.Files++
 	b.out.Bytes += m.Size
 	b.add(m, c)
@@ -143,7 +147,7 @@ func innerDigest(r io.Reader, want string) (integrity.Digest, error) {
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 		return integrity.Digest{}, err
 	}
-	if got := format(first[:n]); got != want {
+	if got := Compression(first[:n]); got != want {
 		return integrity.Digest{}, fmt.Errorf("named .%s but holds %q: %w", want, got, errs.Invalid)
 	}
 	whole := io.MultiReader(bytes.NewReader(first[:n]), r)
@@ -167,6 +171,8 @@ func innerDigest(r io.Reader, want string) (integrity.Digest, error) {
 // add records a name for content.
 func (b *builder) add(m Member, c content) {
 	class := classOf(m.Path, m.Mode, c.looks)
+	class.Kinds |= m.Kinds
+	class.Flags |= flagsOf(m)
 	if class.Kinds != 0 {
 		b.out.Code++
 		for _, k := range integrity.Kinds() {
@@ -180,9 +186,6 @@ func (b *builder) add(m Member, c content) {
 		}
 		class.Kinds, class.Flags = integrity.SetOf(integrity.KindScript), class.Flags|FlagData
 	}
-	if m.Origin == "control" && isMaintainerScript(m.Path) {
-		class.Flags |= FlagInstall
-	}
 	name := Name{Path: m.Path, Mode: m.Mode, Origin: m.Origin}
 	b.records = append(b.records, Record{Digest: c.digest, Verity: c.verity, Kinds: class.Kinds, Flags: class.Flags})
 	b.names[c.digest] = append(b.names[c.digest], name)
@@ -190,6 +193,21 @@ func (b *builder) add(m Member, c content) {
 		b.records = append(b.records, Record{Digest: c.inner, Kinds: class.Kinds, Flags: class.Flags | FlagInner})
 		b.names[c.inner] = append(b.names[c.inner], name)
 	}
+}
+
+// flagsOf says what the source knows of a member.
+func flagsOf(m Member) Flags {
+	var f Flags
+	if m.Install {
+		f |= FlagInstall
+	}
+	if m.Caps {
+		f |= FlagCaps
+	}
+	if m.Nested {
+		f |= FlagNested
+	}
+	return f
 }
 
 func (b *builder) finish() error {

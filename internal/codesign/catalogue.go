@@ -133,8 +133,8 @@ func (c *Catalogue) Lookup(d integrity.Digest) (Record, bool) {
 }
 
 // EncodeCatalogue returns the cat1 blob of the records. Records of one digest
-// are merged: their kinds and flags are united, except that FlagData stays
-// only when it is set in all of them.
+// are merged: their kinds and flags are united, except that FlagData, FlagInner
+// and FlagNested stay only when they are set in all of them.
 func EncodeCatalogue(records []Record) ([]byte, error) {
 	rs := mergeRecords(records)
 	if len(rs) > MaxRecords {
@@ -167,10 +167,9 @@ func mergeRecords(records []Record) []Record {
 			continue
 		}
 		last := &out[len(out)-1]
-		data := last.Flags & r.Flags & FlagData
-		inner := last.Flags & r.Flags & FlagInner
+		const inAll = FlagData | FlagInner | FlagNested
 		last.Kinds |= r.Kinds
-		last.Flags = (last.Flags|r.Flags)&^(FlagData|FlagInner) | data | inner
+		last.Flags = (last.Flags|r.Flags)&^inAll | last.Flags&r.Flags&inAll
 		if last.Verity.IsZero() {
 			last.Verity = r.Verity
 		}

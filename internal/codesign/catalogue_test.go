@@ -73,6 +73,10 @@ func TestEncodeCatalogue_merges(t *testing.T) {
 			[]codesign.Record{{Digest: digest(1), Kinds: script, Flags: codesign.FlagData}, {Digest: digest(1), Kinds: script, Flags: codesign.FlagData}},
 			[]codesign.Record{{Digest: digest(1), Kinds: script, Flags: codesign.FlagData}},
 		},
+		"capabilities stay, nested only while it is nowhere else": {
+			[]codesign.Record{{Digest: digest(1), Kinds: exec, Flags: codesign.FlagNested | codesign.FlagCaps}, {Digest: digest(1), Kinds: exec}},
+			[]codesign.Record{{Digest: digest(1), Kinds: exec, Flags: codesign.FlagCaps}},
+		},
 		"a file is not only inner": {
 			[]codesign.Record{{Digest: digest(1), Kinds: exec, Flags: codesign.FlagInner}, {Digest: digest(1), Verity: digest(9), Kinds: exec}},
 			[]codesign.Record{{Digest: digest(1), Verity: digest(9), Kinds: exec}},
@@ -93,6 +97,19 @@ func TestEncodeCatalogue_merges(t *testing.T) {
 		if d := cmp.Diff(c.want, got); d != "" {
 			t.Errorf("%s: %s", name, d)
 		}
+	}
+}
+
+// What was signed by the rules of yesterday must not become unreadable.
+func TestParseCatalogue_classifier1(t *testing.T) {
+	blob, err := codesign.EncodeCatalogue(records(3))
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary.LittleEndian.PutUint16(blob[10:], 1)
+	c, err := codesign.ParseCatalogue(blob)
+	if err != nil || c.Classifier() != 1 || c.Len() != 3 {
+		t.Errorf("%v %v", c, err)
 	}
 }
 

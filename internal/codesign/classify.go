@@ -12,7 +12,7 @@ import (
 // ClassifierVersion is the version of the rules in this file. It is part of
 // every catalogue: two catalogues of one artefact are only comparable if they
 // were made by the same rules. Any change to the rules raises it.
-const ClassifierVersion = 1
+const ClassifierVersion = 2
 
 // HeadSize is how much of a file's beginning Classify looks at.
 const HeadSize = 4096
@@ -27,8 +27,10 @@ const (
 	FlagInner   Flags = 1 << 1 // what is inside a compressed module or firmware file, as the kernel sees it
 	FlagSetID   Flags = 1 << 2 // set-user-ID or set-group-ID somewhere in the artefact
 	FlagInstall Flags = 1 << 3 // a package's maintainer script
+	FlagCaps    Flags = 1 << 4 // file capabilities somewhere in the artefact (classifier 2)
+	FlagNested  Flags = 1 << 5 // only found inside an archive that is itself a member (classifier 2)
 
-	knownFlags = FlagData | FlagInner | FlagSetID | FlagInstall
+	knownFlags = FlagData | FlagInner | FlagSetID | FlagInstall | FlagCaps | FlagNested
 )
 
 // Class is what a file is.
@@ -57,7 +59,10 @@ const (
 	isElf              // ELF of another type, or cut short
 	isShebang          // #!
 	isWasm             // WebAssembly
-	isBytecode         // Java class
+	isBytecode         // Java class, .NET assembly
+	isBoot             // a kernel, or an image that firmware starts
+	isInitramfs        // a cpio archive
+	isPycOwn           // Python's byte code that stands for its source by time (PEP 552)
 )
 
 func sniff(head []byte) sniffed {
@@ -70,6 +75,42 @@ func sniff(head []byte) sniffed {
 	case has("\x00asm"):
 		return isWasm
 	case has("\xca\xfe\xba\xbe"):
+		return isBytecode
+	case has("MZ"):
+		return sniffPE(head)
+	case has("070701"), has("070702"):
+		return isInitramfs
+	case len(head) >= 16 && head[2] == '\r' && head[3] == '\n' && binary.LittleEndian.Uint32(head[4:]) == 0:
+		return isPycOwn
+	}
+	return isOther
+}
+
+// sniffPE tells what the kernel or the firmware may start from what only an
+// interpreter can. A Linux kernel is known by its own header (boot protocol,
+// Documentation/arch/x86/boot.rst) with and without an EFI stub.
+func sniffPE(head []byte) sniffed {
+	if len(head) >= 0x206 && string(head[0x202:0x206]) == "HdrS" {
+		return isBoot
+	}
+	le := binary.LittleEndian
+	if len(head) < 64 {
+		return isOther
+	}
+	at := uint64(le.Uint32(head[60:]))
+	if at+24+96 > uint64(len(head)) || string(head[at:at+4]) != "PE\x00\x00" {
+		return isOther
+	}
+	optional := head[at+24:]
+	directories := 96
+	if le.Uint16(optional) == 0x20b { // PE32+
+		directories = 112
+	}
+	if s := le.Uint16(optional[68:]); s >= 10 && s <= 13 {
+		return isBoot // EFI application, driver, ROM
+	}
+	const clr = 14
+	if entry := directories + 8*clr; len(optional) >= entry+8 && le.Uint32(optional[entry:]) != 0 {
 		return isBytecode
 	}
 	return isOther
@@ -153,7 +194,18 @@ func classOf(name string, mode fs.FileMode, s sniffed) Class {
 	case isObject: // a module, by its name, or a compiler's intermediate file
 	case isShebang, isWasm, isBytecode:
 		add(integrity.KindScript)
-	case isOther:
+	case isBoot:
+		add(integrity.KindKexec)
+		if mode&0o111 != 0 {
+			add(integrity.KindScript) // for binfmt_misc, which takes any PE
+		}
+	case isPycOwn:
+		// By rule, not by list: what Python wrote into __pycache__ changes with
+		// the source's time stamp, and Python reads the source without it.
+		if path.Base(path.Dir(name)) != "__pycache__" || mode&0o111 != 0 {
+			add(integrity.KindScript)
+		}
+	case isInitramfs, isOther:
 		// Whatever is not ELF and is handed to execve, the kernel calls a
 		// script: text for a shell, or binfmt_misc.
 		if codeSuffix(base) || (c.Kinds == 0 && mode&0o111 != 0) {
@@ -189,19 +241,20 @@ func isKexec(name, base string) bool {
 }
 
 // codeSuffix says whether files of this name are read as code by an
-// interpreter, whatever their mode.
+// interpreter, whatever their mode: at least every suffix of an interpreter in
+// the built-in policy baseline (a test compares).
 func codeSuffix(base string) bool {
 	switch strings.ToLower(path.Ext(base)) {
-	case ".py", ".pyc", ".pyo", ".pyw", ".pyz", ".pth", ".egg", ".whl",
-		".pl", ".pm", ".ph", ".al",
-		".sh", ".bash", ".zsh", ".ksh", ".csh", ".fish",
-		".rb", ".rake", ".gemspec",
-		".js", ".mjs", ".cjs",
+	case ".py", ".pyc", ".pyo", ".pyw", ".pyz", ".pth", ".egg", ".whl", ".zip",
+		".pl", ".pm", ".ph", ".al", ".plx", ".t",
+		".sh", ".bash", ".zsh", ".ksh", ".csh", ".tcsh", ".fish",
+		".rb", ".ru", ".rbw", ".rake", ".gemspec",
+		".js", ".mjs", ".cjs", ".ts",
 		".lua", ".luac",
-		".php", ".phar", ".phtml",
-		".awk", ".tcl", ".tk",
-		".jar", ".war", ".class", ".wasm",
-		".el", ".elc", ".beam", ".exs", ".r", ".jl":
+		".php", ".phar", ".phtml", ".inc",
+		".awk", ".tcl", ".tk", ".exp", ".itcl",
+		".jar", ".war", ".ear", ".class", ".java", ".jmod", ".jsh", ".wasm",
+		".el", ".elc", ".beam", ".ex", ".exs", ".r", ".jl", ".scm":
 		return true
 	}
 	return false

@@ -26,6 +26,33 @@ func elf(kind uint16, segments ...uint32) string {
 	return string(b)
 }
 
+// pe returns the beginning of a PE32+ file.
+func pe(subsystem uint16, clr uint32) string {
+	b := make([]byte, 512)
+	copy(b, "MZ")
+	le := binary.LittleEndian
+	le.PutUint32(b[60:], 128)
+	copy(b[128:], "PE\x00\x00")
+	o := b[152:]
+	le.PutUint16(o, 0x20b)
+	le.PutUint16(o[68:], subsystem)
+	le.PutUint32(o[112+8*14:], clr)
+	return string(b)
+}
+
+// kernel returns the beginning of a bzImage.
+func kernel() string {
+	b := make([]byte, 1024)
+	copy(b, "MZ")
+	copy(b[0x202:], "HdrS")
+	return string(b)
+}
+
+const (
+	pycTime   = "\xa7\x0d\x0d\x0a\x00\x00\x00\x00\x01\x02\x03\x04\x10\x00\x00\x00\xe3"
+	pycHashed = "\xa7\x0d\x0d\x0a\x03\x00\x00\x00\x01\x02\x03\x04\x05\x06\x07\x08\xe3"
+)
+
 func TestClassify(t *testing.T) {
 	const (
 		exec, lib, script   = integrity.KindExec, integrity.KindLibrary, integrity.KindScript
@@ -69,6 +96,17 @@ func TestClassify(t *testing.T) {
 		{"usr/lib/python3/__init__.py", 0o644, "", []integrity.Kind{script}, 0, ""},
 		{"usr/lib/A.PY", 0o644, "import os", []integrity.Kind{script}, 0, ""},
 		{"a.pyc", 0o644, "\xa7\x0d", []integrity.Kind{script}, 0, ""},
+		{"x/__pycache__/a.cpython-311.pyc", 0o644, pycTime, nil, 0, ""},
+		{"x/__pycache__/a.cpython-311.pyc", 0o755, pycTime, []integrity.Kind{script}, 0, ""},
+		{"x/__pycache__/a.cpython-311.pyc", 0o644, pycHashed, []integrity.Kind{script}, 0, ""},
+		{"x/a.pyc", 0o644, pycTime, []integrity.Kind{script}, 0, ""},
+		{"usr/lib/systemd/boot/efi/systemd-bootx64.efi", 0o644, pe(10, 0), []integrity.Kind{kexe}, 0, ""},
+		{"usr/lib/x.efi", 0o755, pe(10, 0), []integrity.Kind{kexe, script}, 0, ""},
+		{"srv/images/linux", 0o644, kernel(), []integrity.Kind{kexe}, 0, ""},
+		{"usr/lib/mono/mscorlib.dll", 0o644, pe(3, 0x2008), []integrity.Kind{script}, 0, ""},
+		{"usr/share/win/setup.exe", 0o644, pe(3, 0), nil, 0, ""},
+		{"srv/root.cpio", 0o644, "070701", nil, 0, ""},
+		{"usr/lib/x.zip", 0o644, "PK\x03\x04", []integrity.Kind{script}, 0, ""},
 		{"a.jar", 0o644, "PK\x03\x04", []integrity.Kind{script}, 0, ""},
 		{"a", 0o644, "\xca\xfe\xba\xbe", []integrity.Kind{script}, 0, ""},
 		{"a", 0o644, "\x00asm\x01", []integrity.Kind{script}, 0, ""},
@@ -103,6 +141,27 @@ func TestClassify_ownBinary(t *testing.T) {
 	}
 	if c := codesign.Classify(path, 0o755, head[:n]); !c.Kinds.Has(integrity.KindExec) {
 		t.Errorf("%+v", c)
+	}
+}
+
+// What an interpreter of the baseline calls code must be listed, or hosts
+// refuse it.
+func TestClassify_baselineSuffixes(t *testing.T) {
+	p, err := integrity.ParsePolicy([]byte("version: 1\nname: x\nepoch: 1\nmode: audit\nbaseline: 1\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, i := range p.Interpreters {
+		for _, s := range i.CodeSuffix {
+			n++
+			if codesign.Classify("usr/share/x/file"+s, 0o644, []byte("words")).Kinds == 0 {
+				t.Errorf("%s (%s) is no code", s, i.Name)
+			}
+		}
+	}
+	if n < 20 {
+		t.Errorf("%d suffixes seen", n)
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"strconv"
 	"strings"
 
@@ -111,7 +110,7 @@ func (d *Deb) walkPart(a *arReader, ext, prefix, origin string, visit func(Membe
 	}
 	// dpkg goes by the name. Where name and content disagree, it and we would
 	// read different things.
-	if got := format(head); got != ext || (ext != "" && ext != "gz" && ext != "xz" && ext != "zst" && ext != "bz2") {
+	if got := Compression(head); got != ext || (ext != "" && ext != "gz" && ext != "xz" && ext != "zst" && ext != "bz2") {
 		return fmt.Errorf("%s.tar.%s holds %q: %w", origin, ext, got, errs.Invalid)
 	}
 	t := &tarSource{r: b, prefix: prefix, origin: origin}
@@ -121,8 +120,11 @@ func (d *Deb) walkPart(a *arReader, ext, prefix, origin string, visit func(Membe
 		if prefix == "" && strings.HasPrefix(m.Path, "DEBIAN/") {
 			return fmt.Errorf("data.tar holds %q: %w", m.Path, errs.Invalid)
 		}
-		if prefix != "" {
-			m.Mode = controlMode(m)
+		if prefix != "" && isMaintainerScript(m.Path) {
+			m.Install = true
+			if m.Mode.IsRegular() {
+				m.Mode |= 0o111 // as dpkg does
+			}
 		}
 		return visit(m, r)
 	}); err != nil {
@@ -132,14 +134,6 @@ func (d *Deb) walkPart(a *arReader, ext, prefix, origin string, visit func(Membe
 		return fmt.Errorf("%s.tar: %d bytes after the end (%w): %w", origin, n, err, errs.Invalid)
 	}
 	return nil
-}
-
-// controlMode makes maintainer scripts executable, as dpkg does.
-func controlMode(m Member) fs.FileMode {
-	if isMaintainerScript(m.Path) && m.Mode.IsRegular() {
-		return m.Mode | 0o111
-	}
-	return m.Mode
 }
 
 func isMaintainerScript(p string) bool {

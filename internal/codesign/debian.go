@@ -100,7 +100,7 @@ func parseFiles(v string) (map[string]IndexFile, error) {
 		if err != nil {
 			return nil, err
 		}
-		name, err := cleanPath(f[2])
+		name, err := CleanPath(f[2])
 		if err != nil || name != f[2] {
 			return nil, fmt.Errorf("SHA256 path %.120q: %w", f[2], errs.Invalid)
 		}

@@ -14,8 +14,9 @@ import (
 	"ringwall/internal/errs"
 )
 
-// format names a compression by its magic.
-func format(head []byte) string {
+// Compression names a compression by its magic: "gz", "xz", "zst", "bz2",
+// or nothing. Six bytes are enough.
+func Compression(head []byte) string {
 	has := func(m string) bool { return len(head) >= len(m) && string(head[:len(m)]) == m }
 	switch {
 	case has("\x1f\x8b"):
@@ -30,6 +31,17 @@ func format(head []byte) string {
 	return ""
 }
 
+// Decompress returns the content of r, whatever of the formats that Compression
+// knows it is in; anything else comes out as it is. What is malformed, or grows
+// beyond the bounds of ratio and size, reads as errs.Invalid.
+func Decompress(r io.Reader) (io.ReadCloser, error) {
+	d, err := decompress(r)
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
 // decompress returns the content of r, whatever of the known formats it is in,
 // bounded in ratio and size.
 func decompress(r io.Reader) (*ratioReader, error) {
@@ -40,7 +52,7 @@ func decompress(r io.Reader) (*ratioReader, error) {
 		return nil, fmt.Errorf("read: %w", err)
 	}
 	l := &ratioReader{in: in}
-	switch format(head) {
+	switch Compression(head) {
 	case "gz":
 		l.r, err = gzip.NewReader(b)
 	case "xz":

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"slices"
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
@@ -22,7 +21,7 @@ const (
 	namMagic      = "RWNAM1\n\x00"
 	maxNames      = 256 << 20 // bytes, decompressed
 	maxPath       = 4096
-	maxOrigins    = 1024
+	maxOrigins    = 1 << 20 // every archive in an artefact is one
 	maxNameWindow = 8 << 20
 )
 
@@ -30,8 +29,17 @@ const (
 type Name struct {
 	Path   string
 	Mode   fs.FileMode
-	Origin string // which part of the artefact: "data", "control", …; empty for a directory
+	Origin string // which part of the artefact: "data", "control", …; empty for a directory; see Member
 	Target string // for links
+}
+
+// Location is where content lies, for people: the path, and for what is in an
+// archive within the artefact also where that is.
+func (n Name) Location() string {
+	if strings.HasSuffix(n.Origin, "!") {
+		return n.Origin + "/" + n.Path
+	}
+	return n.Path
 }
 
 // NameTable says where the content of a catalogue's records was found.
@@ -44,13 +52,15 @@ type NameTable struct {
 // Encode returns the nam1 blob.
 func (t *NameTable) Encode() ([]byte, error) {
 	var origins []string
+	numbers := make(map[string]uint64)
 	origin := func(s string) uint64 {
-		i := slices.Index(origins, s)
-		if i < 0 {
-			i = len(origins)
+		n, ok := numbers[s]
+		if !ok {
+			n = uint64(len(origins))
+			numbers[s] = n
 			origins = append(origins, s)
 		}
-		return uint64(i)
+		return n
 	}
 	var body []byte
 	str := func(s string) { body = append(binary.AppendUvarint(body, uint64(len(s))), s...) }
@@ -195,10 +205,10 @@ func (r *nameReader) names(origins []string) []Name {
 	return out
 }
 
-// cleanPath returns a member's path in the one form that is used everywhere:
+// CleanPath returns a member's path in the one form that is used everywhere:
 // relative, without "." or "..". Anything that would leave the artefact is
-// refused.
-func cleanPath(p string) (string, error) {
+// refused (errs.Invalid). The artefact's top is ".".
+func CleanPath(p string) (string, error) {
 	q := strings.TrimPrefix(p, "/")
 	for strings.HasPrefix(q, "./") {
 		q = strings.TrimLeft(q[2:], "/")

@@ -172,7 +172,7 @@ func TestVerifyRelease_signedStatements(t *testing.T) {
 		"negative epoch":      func(m object) { pred(m)["epoch"] = -1 },
 		"huge epoch":          func(m object) { pred(m)["epoch"] = 1 << 33 },
 		"count":               func(m object) { pred(m)["catalogue"].(object)["count"] = 4 },
-		"classifier":          func(m object) { pred(m)["catalogue"].(object)["classifier"] = 2 },
+		"classifier":          func(m object) { pred(m)["catalogue"].(object)["classifier"] = codesign.ClassifierVersion + 1 },
 		"gate failed":         func(m object) { pred(m)["gates"].([]any)[0].(object)["result"] = "failed" },
 		"gate unknown field":  func(m object) { pred(m)["gates"].([]any)[0].(object)["waived"] = true },
 		"not_after":           func(m object) { pred(m)["not_after"] = "2031-05-01" },

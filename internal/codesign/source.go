@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
 )
 
 // Member is one entry of an artefact.
@@ -18,11 +19,16 @@ type Member struct {
 	Size   int64       // of a regular file
 	Link   string      // a symbolic link's target as it is written, or a hard link's target as a clean path
 	Hard   bool        // a hard link: Mode is regular, there is no content, Link is an earlier member
-	Origin string      // which part of the artefact it came from
+	Origin string      // which part of the artefact it came from; of a nested member, the archive's place, ending in "!"
+
+	Kinds   integrity.KindSet // what it is used as besides what Classify sees
+	Install bool              // a script that the package manager runs
+	Caps    bool              // it has file capabilities (security.capability)
+	Nested  bool              // it lies in an archive that is a member itself
 }
 
-// Source yields the members of an artefact, each once, with the content of
-// regular files. It yields every member or an error. A Source made from a
+// Source yields the members of an artefact, each path of an origin once, with
+// the content of regular files. It yields every member or an error. A Source made from a
 // stream can be walked once.
 type Source interface {
 	// Walk calls visit for every member. The reader is nil for anything but
@@ -86,6 +92,7 @@ type tarSource struct {
 	prefix  string // put before every path
 	origin  string
 	members int
+	claimed int64 // sum of the members' sizes
 }
 
 func (s *tarSource) Walk(visit func(Member, io.Reader) error) error {
@@ -130,6 +137,10 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 		if skip {
 			continue
 		}
+		// Sparse files may claim any size for a few bytes.
+		if s.claimed += m.Size; m.Size > maxTotal || s.claimed > maxTotal || isSparse(h) && s.claimed > ratioFree+maxRatio*pos.n {
+			return fmt.Errorf("%q: %d bytes are claimed: %w", m.Path, m.Size, errs.Invalid)
+		}
 		if seen[m.Path] {
 			return fmt.Errorf("%q appears twice: %w", m.Path, errs.Invalid)
 		}
@@ -154,18 +165,19 @@ func (s *tarSource) member(h *tar.Header) (m Member, skip bool, err error) {
 		}
 		return m, true, nil
 	}
-	p, err := cleanPath(h.Name)
+	p, err := CleanPath(h.Name)
 	if err != nil {
 		return m, false, err
 	}
 	m = Member{Path: s.prefix + p, Mode: h.FileInfo().Mode(), Size: h.Size, Origin: s.origin}
+	_, m.Caps = h.PAXRecords["SCHILY.xattr.security.capability"]
 	switch h.Typeflag {
 	case tar.TypeDir:
 		return m, true, nil
 	case tar.TypeReg, '\x00', tar.TypeGNUSparse: // '\x00': the old format's regular file
 		m.Mode = m.Mode.Perm() | m.Mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)
 	case tar.TypeLink:
-		t, err := cleanPath(h.Linkname)
+		t, err := CleanPath(h.Linkname)
 		if err != nil {
 			return m, false, err
 		}
@@ -181,6 +193,18 @@ func (s *tarSource) member(h *tar.Header) (m Member, skip bool, err error) {
 		return m, false, fmt.Errorf("%q: unusable name or link: %w", m.Path, errs.Invalid)
 	}
 	return m, false, nil
+}
+
+func isSparse(h *tar.Header) bool {
+	if h.Typeflag == tar.TypeGNUSparse {
+		return true
+	}
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
 }
 
 // onlyZeros reads to the end. Some readers of tar go on after the end marker,
