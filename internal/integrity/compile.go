@@ -40,6 +40,9 @@ type CompileOptions struct {
 	// Canary is a program that the agent runs to see that what is authorised
 	// runs. It may run, on the same condition.
 	Canary Digest
+	// Script is what the agent has an interpreter read, its compiler of byte
+	// code. It may be read, on the same condition.
+	Script Digest
 	Now    time.Time // for exceptions
 }
 
@@ -183,15 +186,16 @@ func (c *Compiled) rule(o *Object) ruling {
 }
 
 // Evaluate is Evaluate under the compiled policy, with what the host adds to
-// it: its agent and its canary.
+// it: its agent, its canary and its script.
 func (c *Compiled) Evaluate(o *Object, now time.Time) Verdict {
 	v := Evaluate(c.Policy, o, now)
 	self := is(o.SHA256, c.options.Self) || is(o.FSVerity, c.options.SelfVerity)
-	if !self && !is(o.SHA256, c.options.Canary) {
+	script := is(o.SHA256, c.options.Script)
+	if !self && !script && !is(o.SHA256, c.options.Canary) || script != (o.Kind == KindScript) {
 		return v
 	}
 	switch o.Kind {
-	case KindExec, KindLibrary:
+	case KindExec, KindLibrary, KindScript:
 	case KindBPF:
 		if !self {
 			return v
@@ -309,7 +313,7 @@ func (b *builder) judge(order []int32, s Space) []int32 {
 		for _, i := range g {
 			r := &c.records[i]
 			particular = particular || x.particular(r.sha256, r.verity) || is(r.sha256, c.options.Self) ||
-				is(r.verity, c.options.SelfVerity) || is(r.sha256, c.options.Canary)
+				is(r.verity, c.options.SelfVerity) || is(r.sha256, c.options.Canary) || is(r.sha256, c.options.Script)
 			key = binary.BigEndian.AppendUint32(key, uint32(b.signs[i])) //nolint:gosec // an index
 		}
 		n, ok := b.alike[string(key)]
@@ -352,11 +356,20 @@ func (b *builder) judgeBare() {
 // own rules on what the host adds.
 func (b *builder) own() error {
 	o := &b.c.options
-	for _, k := range []Key{{SpaceSHA256, o.Self}, {SpaceFSVerity, o.SelfVerity}, {SpaceSHA256, o.Canary}} {
+	for _, own := range []struct {
+		Key
+		as Kind
+	}{
+		{Key{SpaceSHA256, o.Self}, KindExec},
+		{Key{SpaceFSVerity, o.SelfVerity}, KindExec},
+		{Key{SpaceSHA256, o.Canary}, KindExec},
+		{Key{SpaceSHA256, o.Script}, KindScript},
+	} {
+		k := own.Key
 		if k.Digest.IsZero() {
 			continue
 		}
-		object := b.c.Object(KindExec, k)
+		object := b.c.Object(own.as, k)
 		if v := b.c.Evaluate(&object, o.Now); !v.Allow {
 			return fmt.Errorf("it denies Ringwall itself (%v): %s: %w", k.Digest, v.Reason, errs.Denied)
 		}

@@ -63,8 +63,8 @@ func BenchmarkCompile(b *testing.B) {
 }
 
 func TestCompile_own(t *testing.T) {
-	self, verity, canary := digest(60), digest(61), digest(62)
-	o := integrity.CompileOptions{Self: self, SelfVerity: verity, Canary: canary, Now: noon()}
+	self, verity, canary, script := digest(60), digest(61), digest(62), digest(63)
+	o := integrity.CompileOptions{Self: self, SelfVerity: verity, Canary: canary, Script: script, Now: noon()}
 	c, err := integrity.Compile(&integrity.Policy{Name: "p"}, nil, o)
 	if err != nil {
 		t.Fatal(err)
@@ -77,11 +77,14 @@ func TestCompile_own(t *testing.T) {
 	if e := c.Table.Entries[integrity.Key{Digest: canary}]; !e.Kinds.Has(integrity.KindExec) || e.Roles != 0 {
 		t.Errorf("canary's entry %+v", e)
 	}
+	if e := c.Table.Entries[integrity.Key{Digest: script}]; e.Kinds != integrity.SetOf(integrity.KindScript) || e.Roles != 0 {
+		t.Errorf("script's entry %+v", e)
+	}
 	object := c.Object(integrity.KindExec, integrity.Key{Digest: self})
 	if v := c.Evaluate(&object, noon()); !v.Allow || v.Rule != "ringwall" {
 		t.Errorf("agent: %+v", v)
 	}
-	for _, d := range []integrity.Digest{self, canary} {
+	for _, d := range []integrity.Digest{self, canary, script} {
 		p := integrity.Policy{Name: "p", Deny: []integrity.DenyRule{{Rule: "d", SHA256: []integrity.Digest{d}}}}
 		if _, err := integrity.Compile(&p, nil, o); !errors.Is(err, errs.Denied) {
 			t.Errorf("policy denies Ringwall: %v", err)
