@@ -42,6 +42,8 @@ func keyFiles() []keyFile {
 		{"build-ca", "builds, by `ringwall sign`", "on the machine that signs builds"},
 		{"policy-ca", "policies, by `ringwall policy sign`", "with those who decide what may run; never on the build machine"},
 		{"permit-ca", "break-glass permits", "in a safe, reachable by the one on call"},
+		{"attest-ca", "evidence of gates, by `ringwall gate attest`", "where tests and reviews are judged; not on the build machine"},
+		{"breakglass-ca", "builds past their gates, in an emergency", "in a safe, reachable by two of those who answer for it"},
 		{"tsa", "the time of every signature", "wherever something is signed; who has it can back-date"},
 	}
 }
@@ -228,7 +230,9 @@ JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
 			}
 			err = add("root", "root", a.Root.Cert)
 			for _, p := range pki.Purposes() {
-				err = errors.Join(err, add(p.String()+"-ca", p.String(), a.Issuers[p].Cert))
+				if i := a.Issuers[p]; i != nil {
+					err = errors.Join(err, add(p.String()+"-ca", p.String(), i.Cert))
+				}
 			}
 			if err = errors.Join(err, add("tsa", "timestamps", a.TSA.Cert)); err != nil {
 				return err
@@ -296,6 +300,12 @@ JSON: {"authorities": [{"name", "signs", "certificate"}], "timestamps": [{"name"
 type trustSection struct {
 	Authorities []trustEntry `json:"authorities"`
 	Timestamps  []trustEntry `json:"timestamps"`
+	Logs        []trustLog   `json:"logs,omitempty"`
+}
+
+type trustLog struct {
+	Name string `json:"name"`
+	Key  string `json:"key"`
 }
 
 type trustEntry struct {
@@ -308,7 +318,7 @@ func trustOf(a *pki.Authority) trustSection {
 	entry := func(c *x509.Certificate, signs ...string) trustEntry {
 		return trustEntry{Name: c.Subject.CommonName, Signs: signs, Certificate: string(pki.EncodeCertificate(c))}
 	}
-	return trustSection{
+	t := trustSection{
 		Authorities: []trustEntry{
 			entry(a.Issuers[pki.PurposeBuild].Cert, codesign.SignsBuild),
 			entry(a.Issuers[pki.PurposePolicy].Cert, codesign.SignsPolicy, codesign.SignsSupplement),
@@ -316,6 +326,13 @@ func trustOf(a *pki.Authority) trustSection {
 		},
 		Timestamps: []trustEntry{entry(a.TSA.Cert)},
 	}
+	for _, o := range a.OtherTSAs {
+		t.Timestamps = append(t.Timestamps, entry(o.Cert))
+	}
+	if a.Log != nil {
+		t.Logs = []trustLog{{a.Log.Name, a.Log.String()}}
+	}
+	return t
 }
 
 func (t trustSection) writeYAML(w io.Writer) {
@@ -334,6 +351,12 @@ func (t trustSection) writeYAML(w io.Writer) {
 	}
 	list("authorities", t.Authorities)
 	list("timestamps", t.Timestamps)
+	if len(t.Logs) > 0 {
+		fmt.Fprintln(w, "  logs:")
+	}
+	for _, l := range t.Logs {
+		fmt.Fprintf(w, "    - name: %s\n      key: %s\n", yamlString(l.Name), l.Key)
+	}
 }
 
 // yamlString quotes text for YAML; its double-quoted form takes what Go's does
@@ -370,8 +393,8 @@ The output is JSON in either output format.`,
 			return nil
 		},
 	}
-	c.Flags().StringVar(&purpose, "purpose", "build", "whose: build, policy or permit")
-	complete(c, "purpose", "build", "policy", "permit")
+	c.Flags().StringVar(&purpose, "purpose", "build", "whose: build, policy, permit, attest or breakglass")
+	complete(c, "purpose", "build", "policy", "permit", "attest", "breakglass")
 	return c
 }
 

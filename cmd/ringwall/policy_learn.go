@@ -97,7 +97,7 @@ func learnTrust(e *env, keys string, archives []string) (integrity.Trust, error)
 	if err != nil {
 		return t, err
 	}
-	for _, p := range pki.Purposes() {
+	for _, p := range []pki.Purpose{pki.PurposeBuild, pki.PurposePolicy, pki.PurposePermit} { // those that hosts ask for
 		signs := []string{p.String()}
 		if p == pki.PurposePolicy {
 			signs = append(signs, codesign.SignsSupplement)
@@ -106,6 +106,12 @@ func learnTrust(e *env, keys string, archives []string) (integrity.Trust, error)
 		t.Authorities = append(t.Authorities, integrity.Authority{Name: c.Subject.CommonName, Signs: signs, Certificate: c})
 	}
 	t.Timestamps = []integrity.Timestamp{{Name: a.TSA.Cert.Subject.CommonName, Certificate: a.TSA.Cert}}
+	for _, o := range a.OtherTSAs {
+		t.Timestamps = append(t.Timestamps, integrity.Timestamp{Name: o.Name, Certificate: o.Cert})
+	}
+	if a.Log != nil {
+		t.Logs = []pki.LogAnchor{*a.Log}
+	}
 	kept, err := readArchives(archives)
 	if err != nil {
 		return t, err

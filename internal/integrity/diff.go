@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"ringwall/internal/pki"
 )
 
 // Effect is what a change does to what may run.
@@ -158,6 +160,23 @@ func (d *differ) trust(a, b *Trust) {
 			d.add(Stricter, where, "is not trusted any more")
 		case !a.Certificate.Equal(b.Certificate):
 			d.add(Changed, where, "has another certificate")
+		}
+	})
+	// One more log is one more place that a signature may be in, but the first is a demand.
+	firstLog, lastLog := len(a.Logs) == 0, len(b.Logs) == 0
+	named(a.Logs, b.Logs, func(x *pki.LogAnchor) string { return x.Name }, func(n string, a, b *pki.LogAnchor) {
+		where := "trust log " + n
+		switch {
+		case a == nil && firstLog:
+			d.add(Stricter, where, "is required of what is signed")
+		case a == nil:
+			d.add(Looser, where, "is trusted")
+		case b == nil && lastLog:
+			d.add(Looser, where, "is not required any more: what is signed need be in no log")
+		case b == nil:
+			d.add(Stricter, where, "is not trusted any more")
+		case a.String() != b.String():
+			d.add(Changed, where, "has another key")
 		}
 	})
 	named(a.Archives, b.Archives, func(x *Archive) string { return x.Name }, func(n string, a, b *Archive) {

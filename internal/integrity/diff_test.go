@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"ringwall/internal/integrity"
+	"ringwall/internal/pki"
 )
 
 func TestDiff(t *testing.T) {
@@ -52,6 +53,11 @@ func TestDiff(t *testing.T) {
 		{"stdin: [tty, pipe, file, socket, null]", "stdin: [tty]", []string{"stricter interpreters python: drops code from standard input: file, null, pipe, socket"}},
 		{"baseline: 1\n", "baseline: 0\n", []string{"looser interpreters awk: gone: what it reads is not checked any more"}},
 		{"signs: [build, policy, permit, supplement]", "signs: [build]", []string{"stricter trust authority Example build CA: drops signing of permit, policy, supplement"}},
+		{
+			"+f3ae9601+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDES7Yo9ONnOcHJF738s38VW5BHgqt2PbDX1dvotT7YTayZHJuZ0kSYJfzCfmQJuyST1nv4vv8qDCundwKiYAwU=",
+			"+d5f93a61+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABOsj1qzll7VKLLIqiQl6ehY63jMrFTh55mgkTWJHVfSkub0kPgHFxYuMmJwvV/WfohfYQnRxZuGkhlvVPd8NtvA=",
+			[]string{"changed trust log fleet log: has another key"},
+		},
 		{
 			`{boot: lockdown, want: integrity}`, `{boot: lockdown, want: confidentiality}`,
 			[]string{"changed knobs lockdown: is exactly confidentiality, reported, was exactly integrity, reported"},
@@ -118,5 +124,36 @@ func TestDiff_agreesWithEvaluate(t *testing.T) {
 	})
 	if checked < many/10 {
 		t.Errorf("only %d objects were decided differently", checked)
+	}
+}
+
+// The first log is a demand on everything that is signed, a second one is one
+// more place where it may be.
+func TestDiff_logs(t *testing.T) {
+	key := func(origin string) pki.LogKey {
+		k, err := pki.NewKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return pki.LogKey{Origin: origin, Key: &k.PublicKey}
+	}
+	one, two := pki.LogAnchor{Name: "one", LogKey: key("one.test")}, pki.LogAnchor{Name: "two", LogKey: key("two.test")}
+	with := func(logs ...pki.LogAnchor) *integrity.Policy {
+		return &integrity.Policy{Trust: integrity.Trust{Logs: logs}}
+	}
+	for _, c := range []struct {
+		name     string
+		old, now *integrity.Policy
+		want     string
+	}{
+		{"first", with(), with(one), "stricter trust log one: is required of what is signed"},
+		{"second", with(one), with(one, two), "looser trust log two: is trusted"},
+		{"one of two goes", with(one, two), with(one), "stricter trust log two: is not trusted any more"},
+		{"the last goes", with(one), with(), "looser trust log one: is not required any more: what is signed need be in no log"},
+	} {
+		changes := integrity.Diff(c.old, c.now)
+		if len(changes) != 1 || string(changes[0].Effect)+" "+changes[0].Where+": "+changes[0].Text != c.want {
+			t.Errorf("%s: %v, want %s", c.name, changes, c.want)
+		}
 	}
 }

@@ -286,6 +286,20 @@ func (d *document) trust(n *yaml.Node) {
 				t.Timestamps = append(t.Timestamps, a)
 			})
 		}},
+		{"logs", false, func(n *yaml.Node, where string) {
+			d.list(n, where, maxAnchors, func(n *yaml.Node, where string) {
+				var a pki.LogAnchor
+				d.mapping(n, where, []field{name(&a.Name), {"key", true, func(n *yaml.Node, where string) {
+					k, err := pki.ParseLogKey(n.Value)
+					if n.Kind != yaml.ScalarNode || err != nil {
+						d.problem(n, where, "must be a log's key, such as log.fleet.example+1a2b3c4d+AjBZ…", "paste the line in the log's .pub file")
+						return
+					}
+					a.LogKey = *k
+				}}})
+				t.Logs = append(t.Logs, a)
+			})
+		}},
 		{"archives", false, func(n *yaml.Node, where string) {
 			d.list(n, where, maxAnchors, func(n *yaml.Node, where string) {
 				var a Archive

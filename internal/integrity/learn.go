@@ -161,6 +161,12 @@ func (w *learner) trust() {
 		w.line("    - name: %s", quote(t.Timestamps[i].Name))
 		w.block(6, "certificate", string(pki.EncodeCertificate(t.Timestamps[i].Certificate)))
 	}
+	if len(t.Logs) > 0 {
+		w.line("  logs:")
+	}
+	for i := range t.Logs {
+		w.line("    - name: %s\n      key: %s", quote(t.Logs[i].Name), t.Logs[i].String())
+	}
 	if len(t.Archives) > 0 {
 		w.line("  archives:")
 	}

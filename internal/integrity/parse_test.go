@@ -53,6 +53,8 @@ CERT
     - name: Example TSA
       certificate: |
 CERT
+  logs:
+    - {name: fleet log, key: log.fleet.example+f3ae9601+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDES7Yo9ONnOcHJF738s38VW5BHgqt2PbDX1dvotT7YTayZHJuZ0kSYJfzCfmQJuyST1nv4vv8qDCundwKiYAwU=}
   archives:
     - {name: debian, origins: [Debian], keyring: "mQINBFyy5FABEADZdHDmiXKN7lnhF5xHFPQWFvVE4AABRLHd1Q=="}
 allow:
@@ -151,6 +153,11 @@ func badPolicies() []bad {
 		{"a tag", small + "name: !!str x\n", []string{"p.yaml:5:7: tags are not allowed"}, true},
 		{"a merge", small + "<<: {name: x}\n", []string{"p.yaml:5:1: merge keys are not allowed"}, true},
 		{"deep", small + "allow: " + strings.Repeat("[", 30) + strings.Repeat("]", 30) + "\n", []string{"p.yaml:5:19: nested too deeply"}, true},
+		{
+			"a log's key with another hash", small + "trust: {logs: [{name: l, key: log.fleet.example+00000000+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDES7Yo9ONnOcHJF738s38VW5BHgqt2PbDX1dvotT7YTayZHJuZ0kSYJfzCfmQJuyST1nv4vv8qDCundwKiYAwU=}]}\n",
+			[]string{"p.yaml:5:31: trust.logs[0].key: must be a log's key"}, true,
+		},
+		{"a log without a key", small + "trust: {logs: [{name: l}]}\n", []string{"lacks key"}, false},
 		{"everything missing", "{}", []string{"p.yaml:1:1: lacks version (fix: add `version: …`)", "lacks name", "lacks epoch", "lacks mode (fix: add `mode: audit` to begin with)"}, false},
 		{"a typo", small + "alow: []\n", []string{"p.yaml:5:1: alow: unknown key (fix: did you mean allow?)"}, false},
 		{"an unknown key", small + "frobnicate: 1\n", []string{"p.yaml:5:1: frobnicate: unknown key (fix: use one of version, name,"}, false},

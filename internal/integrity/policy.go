@@ -36,6 +36,7 @@ type Policy struct {
 type Trust struct {
 	Authorities []Authority
 	Timestamps  []Timestamp
+	Logs        []pki.LogAnchor // if any: builds, policies and supplements must be in one of them
 	Archives    []Archive
 }
 

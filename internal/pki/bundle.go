@@ -2,6 +2,7 @@ package pki
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
@@ -31,6 +32,7 @@ type TrustRoots struct {
 	CAs     []Anchor
 	TSAs    []Anchor
 	Revoked []Revocation // what is no longer believed of it
+	Logs    []LogAnchor  // if any: a signature must be in one of them
 }
 
 // Revocation distrusts a certificate from a time on: a leaf, a CA or a
@@ -49,6 +51,7 @@ type Verified struct {
 	TSA         string    // name of the anchor that stamped the signature
 	Identity    string    // the leaf's URI
 	Leaf        *x509.Certificate
+	Logged      *Logged // nil unless the verifier's roots name logs
 
 	// Of the leaf, of its CA and of who signed the timestamp, see Fingerprint.
 	Fingerprint, CAFingerprint, TSAFingerprint [32]byte
@@ -62,9 +65,9 @@ type wireBundle struct {
 }
 
 type wireMaterial struct {
-	Certificate *wireCert  `json:"certificate"`
-	Log         []struct{} `json:"tlogEntries,omitempty"`
-	Timestamps  wireStamps `json:"timestampVerificationData"`
+	Certificate *wireCert      `json:"certificate"`
+	Log         []wireLogEntry `json:"tlogEntries,omitempty"`
+	Timestamps  wireStamps     `json:"timestampVerificationData"`
 }
 
 type wireCert struct {
@@ -111,12 +114,20 @@ type Stamper interface {
 	Stamp(message []byte) ([]byte, error)
 }
 
+// Recorder is a transparency log that signatures go to.
+type Recorder interface {
+	// Append adds the bundle's signature to the log and returns the bundle with
+	// the proof of it. It bounds the time that it takes by itself.
+	Append(ctx context.Context, bundle []byte) ([]byte, error)
+}
+
 // Signer signs bundles of one purpose.
 type Signer struct {
 	Purpose Purpose
 	Leaf    *x509.Certificate
 	Key     crypto.Signer
 	Stamper Stamper
+	Log     Recorder // nil: not logged
 }
 
 // Sign returns a bundle over payload.
@@ -152,7 +163,7 @@ func (s *Signer) sign(payloadType string, payload []byte) ([]byte, error) {
 		return nil, err
 	}
 	enc := base64.StdEncoding.EncodeToString
-	return json.Marshal(wireBundle{
+	b, err := json.Marshal(wireBundle{
 		MediaType: MediaType,
 		Verification: wireMaterial{
 			Certificate: &wireCert{Raw: enc(s.Leaf.Raw)},
@@ -160,6 +171,11 @@ func (s *Signer) sign(payloadType string, payload []byte) ([]byte, error) {
 		},
 		Envelope: &wireEnvelope{Payload: enc(payload), PayloadType: payloadType, Signatures: []wireSignature{{Sig: enc(sig)}}},
 	})
+	if err != nil || s.Log == nil {
+		return b, err
+	}
+	// A signature that is not in the log leaves no trace, so it is not handed out.
+	return s.Log.Append(context.Background(), b)
 }
 
 // VerifyBundle decides whether a bundle is a trusted signature for the
@@ -178,7 +194,7 @@ func verifyBundle(bundle []byte, roots TrustRoots, want Purpose) (*Verified, err
 	if err := want.check(); err != nil {
 		return nil, err
 	}
-	o, err := openBundle(bundle, want)
+	o, _, err := decodeBundle(bundle, want.maxPayload())
 	if err != nil {
 		return nil, err
 	}
@@ -199,10 +215,14 @@ func verifyBundle(bundle []byte, roots TrustRoots, want Purpose) (*Verified, err
 	if err != nil {
 		return nil, err
 	}
+	logged, err := o.verifyLog(roots.Logs)
+	if err != nil {
+		return nil, err
+	}
 	v := &Verified{
 		Payload: o.payload, PayloadType: o.payloadType, SignedAt: stamp.Time, CA: ca.Name, TSA: stamp.TSA,
 		Identity: o.leaf.URIs[0].String(), Leaf: o.leaf,
-		Fingerprint: Fingerprint(o.leaf), CAFingerprint: Fingerprint(ca.Cert), TSAFingerprint: Fingerprint(stamp.Signer),
+		Logged: logged, Fingerprint: Fingerprint(o.leaf), CAFingerprint: Fingerprint(ca.Cert), TSAFingerprint: Fingerprint(stamp.Signer),
 	}
 	return v, v.notRevoked(roots.Revoked)
 }
@@ -248,15 +268,26 @@ type opened struct {
 	leaf                *x509.Certificate
 	payload, sig, stamp []byte
 	payloadType         string
+	proof               *LogProof // nil: not logged
 }
 
-// openBundle decodes a bundle and refuses every form but the one that Sign
-// writes; nothing in it has been believed yet.
-func openBundle(data []byte, want Purpose) (*opened, error) {
+// decodeBundle decodes a bundle and refuses every form but the one that Sign
+// writes; nothing in it has been believed yet, but that a proof of inclusion
+// is about this signature and leads to its checkpoint.
+func decodeBundle(data []byte, maxPayload int) (*opened, *wireBundle, error) {
 	var w wireBundle
-	if err := UnmarshalStrict(data, &w, 2*want.maxPayload()+4*maxTimestamp); err != nil {
-		return nil, err
+	if err := UnmarshalStrict(data, &w, 2*maxPayload+4*maxTimestamp+maxLogEntry); err != nil {
+		return nil, nil, err
 	}
+	o, err := w.open(maxPayload)
+	if err != nil || len(w.Verification.Log) == 0 {
+		return o, &w, err
+	}
+	o.proof, err = w.Verification.Log[0].open(o)
+	return o, &w, err
+}
+
+func (w *wireBundle) open(maxPayload int) (*opened, error) {
 	bad := func(format string, a ...any) error { return fmt.Errorf(format+": %w", append(a, errs.Invalid)...) }
 	m := &w.Verification
 	switch {
@@ -266,8 +297,8 @@ func openBundle(data []byte, want Purpose) (*opened, error) {
 		return nil, bad("no DSSE envelope")
 	case m.Certificate == nil:
 		return nil, bad("no certificate")
-	case len(m.Log) > 0:
-		return nil, bad("transparency-log entries are not understood")
+	case len(m.Log) > 1:
+		return nil, bad("%d transparency-log entries (want at most 1)", len(m.Log))
 	case len(m.Timestamps.RFC3161) != 1:
 		return nil, bad("%d timestamps (want 1)", len(m.Timestamps.RFC3161))
 	case len(w.Envelope.Signatures) != 1:
@@ -285,7 +316,7 @@ func openBundle(data []byte, want Purpose) (*opened, error) {
 		out   *[]byte
 		limit int
 	}{
-		{"payload", w.Envelope.Payload, &o.payload, want.maxPayload()},
+		{"payload", w.Envelope.Payload, &o.payload, maxPayload},
 		{"signature", w.Envelope.Signatures[0].Sig, &o.sig, 80},
 		{"timestamp", m.Timestamps.RFC3161[0].Signed, &o.stamp, maxTimestamp},
 		{"certificate", m.Certificate.Raw, &der, maxCertificate},

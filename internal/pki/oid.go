@@ -3,6 +3,7 @@ package pki
 import (
 	"encoding/asn1"
 	"fmt"
+	"time"
 
 	"ringwall/internal/errs"
 )
@@ -19,6 +20,8 @@ import (
 //	arc.1.1  extended key usage: signs release records ("build")
 //	arc.1.2  extended key usage: signs integrity policies
 //	arc.1.3  extended key usage: signs break-glass permits
+//	arc.1.4  extended key usage: signs evidence of gates ("attest")
+//	arc.1.5  extended key usage: signs release records past the gates ("breakglass")
 //	arc.2.1  policy of timestamps made by the built-in TSA
 func arc(tail ...int) asn1.ObjectIdentifier {
 	base := asn1.ObjectIdentifier{1, 2, 840, 113556, 1, 8000, 2554, 29277, 1632, 52035, 20395, 47637, 7918920, 1233342}
@@ -32,13 +35,17 @@ type Purpose uint8
 
 // The purposes.
 const (
-	PurposeBuild  Purpose = 1 // release records
-	PurposePolicy Purpose = 2 // integrity policies
-	PurposePermit Purpose = 3 // break-glass permits
+	PurposeBuild      Purpose = 1 // release records
+	PurposePolicy     Purpose = 2 // integrity policies
+	PurposePermit     Purpose = 3 // break-glass permits
+	PurposeAttest     Purpose = 4 // in-toto statements that are evidence of gates
+	PurposeBreakglass Purpose = 5 // release records of builds that did not pass their gates
 )
 
 // Purposes lists every purpose.
-func Purposes() []Purpose { return []Purpose{PurposeBuild, PurposePolicy, PurposePermit} }
+func Purposes() []Purpose {
+	return []Purpose{PurposeBuild, PurposePolicy, PurposePermit, PurposeAttest, PurposeBreakglass}
+}
 
 // String returns the purpose's name, which is also the stem of its CA's file
 // names.
@@ -50,6 +57,10 @@ func (p Purpose) String() string {
 		return "policy"
 	case PurposePermit:
 		return "permit"
+	case PurposeAttest:
+		return "attest"
+	case PurposeBreakglass:
+		return "breakglass"
 	}
 	return fmt.Sprintf("purpose(%d)", uint8(p))
 }
@@ -64,12 +75,22 @@ func (p Purpose) maxPayload() int {
 		return 4 << 20
 	case PurposePermit:
 		return 4 << 10
+	case PurposeAttest:
+		return 1 << 20
 	}
 	return 64 << 10
 }
 
+// MaxLifetime is how long a leaf of this purpose may be valid at most.
+func (p Purpose) MaxLifetime() time.Duration {
+	if p == PurposeBreakglass {
+		return maxBreakglassLifetime
+	}
+	return MaxLeafLifetime
+}
+
 func (p Purpose) check() error {
-	if p < PurposeBuild || p > PurposePermit {
+	if p < PurposeBuild || p > PurposeBreakglass {
 		return fmt.Errorf("%v: %w", p, errs.Invalid)
 	}
 	return nil

@@ -23,12 +23,13 @@ import (
 
 // Lifetimes.
 const (
-	MaxLeafLifetime = 7 * 24 * time.Hour
-	rootLifetime    = 20 * 365 * 24 * time.Hour
-	caLifetime      = 5 * 365 * 24 * time.Hour
-	backdate        = 5 * time.Minute // for clocks that lag behind the issuer's
-	maxIdentity     = 240
-	maxCertificate  = 8 << 10
+	MaxLeafLifetime       = 7 * 24 * time.Hour
+	maxBreakglassLifetime = 24 * time.Hour
+	rootLifetime          = 20 * 365 * 24 * time.Hour
+	caLifetime            = 5 * 365 * 24 * time.Hour
+	backdate              = 5 * time.Minute // for clocks that lag behind the issuer's
+	maxIdentity           = 240
+	maxCertificate        = 8 << 10
 )
 
 func oidExtKeyUsage() asn1.ObjectIdentifier { return asn1.ObjectIdentifier{2, 5, 29, 37} }
@@ -101,7 +102,7 @@ type LeafRequest struct {
 	Purpose  Purpose
 	Identity string // URI, such as spiffe://fleet.example/build/edged
 	Now      time.Time
-	Lifetime time.Duration // 0: MaxLeafLifetime
+	Lifetime time.Duration // 0: the most that the purpose allows
 }
 
 // IssueLeaf makes a signing certificate for pub.
@@ -115,11 +116,11 @@ func (i *Issuer) IssueLeaf(r LeafRequest, pub crypto.PublicKey) (*x509.Certifica
 	}
 	life := r.Lifetime
 	if life == 0 {
-		life = MaxLeafLifetime
+		life = r.Purpose.MaxLifetime()
 	}
-	if life <= backdate || life > MaxLeafLifetime {
+	if life <= backdate || life > r.Purpose.MaxLifetime() {
 		return nil, fmt.Errorf("issue leaf for %q: lifetime %v (want more than %v, at most %v): %w",
-			r.Identity, life, backdate, MaxLeafLifetime, errs.Invalid)
+			r.Identity, life, backdate, r.Purpose.MaxLifetime(), errs.Invalid)
 	}
 	t, err := template(r.Purpose.String()+" signer", pub, r.Now, life-backdate)
 	if err != nil {
@@ -215,8 +216,8 @@ func CheckLeaf(c *x509.Certificate, p Purpose) error {
 		return bad("extended key usage lacks %v or has others", p.OID())
 	case len(c.UnhandledCriticalExtensions) > 0:
 		return bad("critical extension %v is not known", c.UnhandledCriticalExtensions[0])
-	case c.NotAfter.Sub(c.NotBefore) > MaxLeafLifetime || !c.NotAfter.After(c.NotBefore):
-		return bad("valid for %v (at most %v)", c.NotAfter.Sub(c.NotBefore), MaxLeafLifetime)
+	case c.NotAfter.Sub(c.NotBefore) > p.MaxLifetime() || !c.NotAfter.After(c.NotBefore):
+		return bad("valid for %v (at most %v)", c.NotAfter.Sub(c.NotBefore), p.MaxLifetime())
 	case len(c.URIs) != 1 || len(c.DNSNames)+len(c.IPAddresses)+len(c.EmailAddresses) > 0:
 		return bad("want exactly one name, a URI")
 	}
