@@ -28,20 +28,24 @@ func (d *hostDirs) flags(c *cobra.Command) {
 // word, so that no other command can touch what is guarded.
 func newAgentCommand(e *env) *cobra.Command {
 	var d hostDirs
-	var early bool
+	var early, noBytecode bool
 	c := &cobra.Command{
 		Use: "agent", GroupID: groupHost, Short: "Enforce this host's policy (run by systemd)",
 		Long: `Put this host's confirmed policy into the kernel, prove with a canary that it
 acts, report events, and answer the other commands, until it is told to stop.
 
 What is in the kernel stays in force when the agent stops or is killed; a new
-one takes over without a gap. ` + "`ringwall host install`" + ` makes a systemd unit of it.`,
+one takes over without a gap. ` + "`ringwall host install`" + ` makes a systemd unit of it.
+
+While the policy enforces, it also compiles in the background the Python sources
+that packages brought: no package lists Python's byte code, so nothing else
+vouches for it. ` + "`ringwall status`" + ` says how far that is.`,
 		Example: `  ringwall host init --trust keys --policy base.policy.json
   ringwall agent`,
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			a, err := agent.New(agent.Options{
-				StateDir: d.state, RunDir: d.run, Now: e.now, Open: openEngine,
+				StateDir: d.state, RunDir: d.run, Now: e.now, Open: openEngine, NoBytecode: noBytecode,
 				Log: slog.New(slog.NewTextHandler(e.stderr, nil)),
 			})
 			if err != nil {
@@ -54,6 +58,7 @@ one takes over without a gap. ` + "`ringwall host install`" + ` makes a systemd 
 		},
 	}
 	d.flags(c)
+	c.Flags().BoolVar(&noBytecode, "no-bytecode", false, "leave Python's byte code alone: python3 then compiles each source at each start")
 	c.Flags().BoolVar(&early, "early", false, "put the policy into the kernel and end (for the initramfs)")
 	return c
 }

@@ -97,6 +97,9 @@ func printStatus(out io.Writer, s *agent.Status) {
 	if s.Events != nil {
 		row("events", "%d read, %d lost", s.Events.Received, s.Events.Lost)
 	}
+	if b := s.Bytecode; b.State != "" {
+		row("byte code", "%s", bytecodeText(b))
+	}
 	if s.Floor != "" {
 		row("floor", "%s", s.Floor)
 	}
@@ -118,6 +121,21 @@ func printStatus(out io.Writer, s *agent.Status) {
 	for _, x := range s.Problems {
 		row("problem", "%s", x)
 	}
+}
+
+// bytecodeText says how far Python's byte code is made.
+func bytecodeText(b agent.BytecodeStatus) string {
+	out := fmt.Sprintf("of Python: %d modules compiled and authorised", b.Made)
+	if b.Pending > 0 {
+		out += fmt.Sprintf(", %d to be compiled", b.Pending)
+	}
+	if b.Left > 0 {
+		out += fmt.Sprintf(", %d left to Python", b.Left)
+	}
+	if b.Why != "" {
+		out += "; " + b.State + ": " + b.Why
+	}
+	return out
 }
 
 // modeText groups kinds by their mode.

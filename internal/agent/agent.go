@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -78,6 +79,9 @@ type Options struct {
 	RunDir   string
 	Log      *slog.Logger
 	Now      func() time.Time
+	// NoBytecode leaves Python's byte code alone.
+	NoBytecode bool
+	usrLib     string // where Python's libraries are; "" is /usr/lib, tests have their own
 	// Open puts the engine into the kernel, or takes over the one that is there.
 	Open func(enforce.Options) (Enforcer, Watcher, error)
 }
@@ -94,6 +98,7 @@ type Agent struct {
 	watcher  Watcher
 	pipe     *pipeline
 	measurer *measurer // nil where the kernel needs none
+	bytecode *bytecode
 
 	mu      sync.Mutex // over what follows, and over every change of policy
 	state   *State
@@ -102,6 +107,8 @@ type Agent struct {
 	applied time.Time
 	canary  Canary
 	relaxed relaxation
+	// regime grows whenever what shields a compiler of byte code may end.
+	regime uint64
 	// unsettled: what is in force could not be stored yet; see settle.
 	unsettled bool
 	running   []enforce.Running // unlisted, when enforcement began
@@ -142,9 +149,14 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start agent: %w", err)
 	}
-	return &Agent{
+	a := &Agent{
 		opts: o, log: o.Log, self: self, clock: c, floor: f, state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
-	}, nil
+	}
+	a.bytecode = &bytecode{a: a, log: o.Log, lib: cmp.Or(o.usrLib, "/usr/lib"), status: BytecodeStatus{State: bytecodeWaiting, Why: "the agent has just started"}}
+	if o.NoBytecode {
+		a.bytecode.status = BytecodeStatus{State: bytecodeOff, Why: "the agent was started so"}
+	}
+	return a, nil
 }
 
 func hashFile(name string) (integrity.Digest, error) {
@@ -207,6 +219,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := a.enforcer.Guard(a.opts.RunDir); err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
+	if !a.opts.NoBytecode {
+		workers.Go(func() { a.bytecode.run(ctx) })
+	}
 	now := a.Status()
 	_ = host.Notify("READY=1\nSTATUS=" + now.State + ": " + now.Text)
 	a.log.InfoContext(ctx, "agent runs", slog.String("state", now.State), slog.String("text", now.Text), slog.String("host", now.Host))
@@ -221,7 +236,7 @@ func (a *Agent) Early(ctx context.Context) error {
 	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil { //nolint:gosec // the socket in it has its own mode
 		return fmt.Errorf("early start: %w", err)
 	}
-	l, err := a.confirmed()
+	l, err := a.confirmed(nil)
 	if err != nil {
 		return fmt.Errorf("early start: %w", err)
 	}
@@ -244,12 +259,12 @@ func (a *Agent) Early(ctx context.Context) error {
 
 // confirmed loads the policy that this host confirmed; errs.NotFound if there
 // is none, errs.Untrusted if someone put an old one back.
-func (a *Agent) confirmed() (*loaded, error) {
+func (a *Agent) confirmed(made map[string]module) (*loaded, error) {
 	bundle, err := readFile(a.state.path(filePolicy), maxBundle)
 	if err != nil {
 		return nil, err
 	}
-	l, err := a.state.load(bundle, a.self, a.clock.now())
+	l, err := a.state.load(bundle, a.compileOptions(), made)
 	if err != nil {
 		return nil, fmt.Errorf("the confirmed policy: %w", err)
 	}
@@ -329,7 +344,7 @@ func (a *Agent) begin(ctx context.Context) error {
 	if err := a.trustVolumes(); err != nil {
 		a.note("dm-verity volumes: " + err.Error())
 	}
-	l, err := a.confirmed()
+	l, err := a.confirmed(a.recallModules())
 	if errors.Is(err, errs.NotFound) {
 		a.log.WarnContext(ctx, "no policy yet: nothing is enforced until `ringwall host apply`")
 		return a.enforcer.Protect()
@@ -370,6 +385,9 @@ func (a *Agent) enact(ctx context.Context, l *loaded) error {
 		return err
 	}
 	before := a.loaded
+	if before == nil || before.signed.Digest != l.signed.Digest {
+		a.regime++
+	}
 	a.loaded = l
 	a.pipe.use(l)
 	if there, measured := a.measurer.all(ctx, l.scripts); measured < there {
@@ -492,7 +510,7 @@ func (a *Agent) tend(ctx context.Context) {
 
 // recompile puts the policy in force again with what is stored now.
 func (a *Agent) recompile(ctx context.Context) error {
-	l, err := a.state.load(a.loaded.bundle, a.self, a.clock.now())
+	l, err := a.state.load(a.loaded.bundle, a.compileOptions(), a.modules())
 	if err != nil {
 		return err
 	}

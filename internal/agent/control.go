@@ -281,7 +281,7 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 	if p.Epoch < least || p.Epoch == least && a.loaded != nil {
 		return fmt.Errorf("it has epoch %d, this host has had %d: sign it with a higher epoch: %w", p.Epoch, least, errs.Conflict)
 	}
-	l, err := a.state.load(q.Policy, a.self, a.clock.now())
+	l, err := a.state.load(q.Policy, a.compileOptions(), a.modules())
 	if err != nil {
 		return err
 	}
@@ -365,6 +365,7 @@ func (a *Agent) UsePermit(_ context.Context, q DocumentRequest) (PermitAnswer, e
 	if err != nil {
 		return PermitAnswer{}, fmt.Errorf("use permit: %w", err)
 	}
+	a.regime++
 	if err := a.enforcer.Relax(p.NotAfter.Sub(now)); err != nil {
 		return PermitAnswer{}, fmt.Errorf("use permit: %w", err)
 	}

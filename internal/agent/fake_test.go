@@ -121,6 +121,7 @@ type lab struct {
 	clock  time.Time
 	mu     sync.Mutex
 	stop   func()
+	usrLib string // of Python, in place of /usr/lib
 }
 
 func newLab(t *testing.T) *lab {
@@ -232,7 +233,7 @@ func (l *lab) start() {
 }
 
 func (l *lab) tryStart() error {
-	a, err := New(Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open})
+	a, err := New(Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib})
 	if err != nil {
 		return err
 	}

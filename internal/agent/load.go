@@ -8,10 +8,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"ringwall/internal/codesign"
-	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
@@ -28,6 +26,10 @@ type loaded struct {
 	// scripts are the paths of the packages' scripts, for kernels on which they
 	// must be measured.
 	scripts []string
+	// python is what packages say of Python's sources and of Python itself, by path.
+	python map[string][]moduleSource
+	// modules is the byte code that the agent made of them, by path.
+	modules map[string]module
 	// skipped is what lies in the state directory and is not believed. It
 	// authorises nothing: this fails closed.
 	skipped []Skipped
@@ -57,10 +59,11 @@ func verifyPolicy(bundle []byte, roots pki.TrustRoots) (*integrity.Policy, *code
 	return p, signed, err
 }
 
-// load verifies a signed policy and compiles it with all that is stored. self
-// is the digest of the running agent.
-func (s *State) load(bundle []byte, self integrity.Digest, now time.Time) (*loaded, error) {
-	l := &loaded{bundle: bundle}
+// load verifies a signed policy and compiles it with all that is stored, with
+// what the host adds to it, and with byte code that was made of what it
+// authorises.
+func (s *State) load(bundle []byte, o integrity.CompileOptions, made map[string]module) (*loaded, error) {
+	l := &loaded{bundle: bundle, python: map[string][]moduleSource{}}
 	base, signed, err := s.believe(bundle)
 	if err != nil {
 		return nil, err
@@ -81,9 +84,12 @@ func (s *State) load(bundle []byte, self integrity.Digest, now time.Time) (*load
 		return nil, err
 	}
 	l.sources = len(sources)
-	l.compiled, err = integrity.Compile(l.policy, sources, integrity.CompileOptions{Self: self, Canary: enforce.CanaryDigest(), Now: now})
+	l.compiled, err = integrity.Compile(l.policy, append(sources, moduleSources(made)...), o)
 	if err != nil {
 		return nil, fmt.Errorf("compile policy %s: %w", base.Name, err)
+	}
+	if l.keepModules(made) { // rare: a package went, or a source was denied
+		return s.load(bundle, o, l.modules)
 	}
 	return l, nil
 }
@@ -163,13 +169,13 @@ func (s *State) sources(l *loaded) ([]integrity.Source, error) {
 			l.skip("package "+d, err)
 			continue
 		}
-		out = append(out, l.noteScripts(src))
+		out = append(out, l.note(src))
 	}
 	return out, nil
 }
 
-// noteScripts remembers where a package's scripts lie, as they pass.
-func (l *loaded) noteScripts(src integrity.Source) integrity.Source {
+// note remembers where a package's scripts lie, as they pass.
+func (l *loaded) note(src integrity.Source) integrity.Source {
 	files := src.Files
 	src.Files = func(yield func(integrity.File) bool) {
 		for f := range files {
@@ -178,6 +184,7 @@ func (l *loaded) noteScripts(src integrity.Source) integrity.Source {
 					l.scripts = append(l.scripts, "/"+n)
 				}
 			}
+			l.notePython(&f, src.Origin)
 			if !yield(f) {
 				return
 			}

@@ -69,6 +69,9 @@ func (a *Agent) TrustPackages(ctx context.Context, files []string) ([]PackageRes
 		if err := a.recompile(ctx); err != nil {
 			return nil, fmt.Errorf("trust packages: %w", err)
 		}
+		if a.bytecode.status.State == bytecodeDone {
+			a.bytecode.status.State, a.bytecode.status.Why = bytecodeWaiting, "packages were installed"
+		}
 	}
 	if a.measurer != nil { // dpkg is about to write these, those of known packages again
 		a.measurer.expect(a.state.scriptsOf(out, a.loaded.policy.Trust))
@@ -126,7 +129,7 @@ func (s *State) trustPackages(ctx context.Context, root string, files []string, 
 
 // scriptsOf lists where the scripts of packages lie that were not refused.
 func (s *State) scriptsOf(list []PackageResult, t integrity.Trust) []string {
-	var l loaded
+	l := loaded{python: map[string][]moduleSource{}}
 	for _, r := range list {
 		if r.State == "refused" {
 			continue
@@ -135,8 +138,8 @@ func (s *State) scriptsOf(list []PackageResult, t integrity.Trust) []string {
 		if err != nil {
 			continue // load reports it
 		}
-		for range l.noteScripts(src).Files {
-			// noteScripts does it
+		for range l.note(src).Files {
+			// note does it
 		}
 	}
 	return l.scripts

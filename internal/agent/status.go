@@ -28,6 +28,8 @@ type Status struct {
 	Events    *Flow             `json:"events,omitempty"`
 	Sources   int               `json:"sources"` // releases and packages that are authorised
 	Entries   int               `json:"entries"` // digests in the kernel's table
+	// Bytecode is how far Python's is made.
+	Bytecode BytecodeStatus `json:"bytecode"`
 	// What is not as it should be.
 	Skipped    []Skipped         `json:"not_believed,omitempty"`
 	NotCovered []enforce.Problem `json:"not_covered,omitempty"`
@@ -79,7 +81,7 @@ func (a *Agent) Status() Status {
 	defer a.mu.Unlock()
 	s := Status{
 		Host: a.state.Host(), Agent: true, NotCovered: enforce.Uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
-		Problems: a.problem, Floor: a.floor.Describe(),
+		Problems: a.problem, Floor: a.floor.Describe(), Bytecode: a.bytecode.status,
 	}
 	s.State, s.Text = a.standing()
 	if k, err := a.watcher.Status(); err == nil {

@@ -175,6 +175,17 @@ func (b *bench) scoped(ctx context.Context) error {
 	if err := b.fact("agent start until enforcement is proven", time.Since(start).Seconds(), "s of the guest's clock, waiting for the disk included"); err != nil {
 		return err
 	}
+	start = time.Now()
+	modules, err := a.compiled(ctx)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(
+		b.fact("Python modules that the agent compiled after its start", modules, "files"),
+		b.fact("Python modules: until all are authorised", float64(time.Since(start)), "instructions"),
+	); err != nil {
+		return err
+	}
 	b.say("attached and in scope")
 	var places []place
 	for _, p := range []place{{cfgAttached, b.off}, {cfgScope, b.in}} {
@@ -195,6 +206,9 @@ func (b *bench) wholeHost(ctx context.Context) error {
 	b.say("Ringwall starts, for the whole host")
 	a, err := startAgent(ctx, payload+"/state-host")
 	if err != nil {
+		return err
+	}
+	if _, err := a.compiled(ctx); err != nil {
 		return err
 	}
 	b.say("whole host")

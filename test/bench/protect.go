@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -92,6 +93,26 @@ func startAgent(ctx context.Context, state string) (*agent, error) {
 	}
 	// before Linux 6.9 scripts outside of packages have to be measured
 	return a, quiet(ctx, ringwall, "host", "measure", buildDir)
+}
+
+// compiled waits until the agent has compiled Python's modules, which it does in
+// the background and which is not part of what is measured.
+func (a *agent) compiled(ctx context.Context) (modules float64, err error) {
+	return modules, until(ctx, "Python's byte code is made", func() (bool, error) {
+		out, err := exec.CommandContext(ctx, ringwall, "status", "--output", "json").Output()
+		if err != nil {
+			return false, fmt.Errorf("status: %w", err)
+		}
+		var s struct {
+			Bytecode struct {
+				State string  `json:"state"`
+				Made  float64 `json:"made"`
+			} `json:"bytecode"`
+		}
+		err = json.Unmarshal(out, &s)
+		modules = s.Bytecode.Made
+		return s.Bytecode.State == "done", err
+	})
 }
 
 // stop takes Ringwall out, as an operator does: that takes a signed policy in
