@@ -105,12 +105,17 @@ var outside = map[string][]string{
 	"integrity":        {"go.yaml.in/yaml/v3"},
 	"codesign":         {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
 	"codesign/archive": {"github.com/ProtonMail/go-crypto"},
+	"kernelsig":        {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
 	"enforce":          {"github.com/cilium/ebpf", "golang.org/x/sys"},
 	"host": {
 		"golang.org/x/sys", "github.com/google/go-tpm",
 		"github.com/klauspost/compress", "github.com/ulikunitz/xz", // apt keeps its lists compressed
 	},
-	"agent": {"golang.org/x/sys"},
+	"agent":    {"golang.org/x/sys"},
+	"keystore": {"github.com/miekg/pkcs11"}, // with the build tag pkcs11 only
+	"transparency": {
+		"github.com/transparency-dev/tessera", "k8s.io/klog", // klog to silence tessera
+	},
 }
 
 // junk are names that say nothing about what a package is for.

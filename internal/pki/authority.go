@@ -155,7 +155,7 @@ func (o *AuthorityOptions) SaveKey(dir, stem string) (crypto.Signer, error) {
 	}
 	file := filepath.Join(dir, stem+".key")
 	if _, err := os.Lstat(file); err == nil {
-		return readKey(file, o.Passphrase)
+		return ReadKey(file, o.Passphrase)
 	}
 	key, err := NewKey()
 	if err != nil {
@@ -449,7 +449,7 @@ func loadKey(dir, stem string, passphrase []byte, open KeyOpener, i *Issuer) err
 	case !here:
 		return nil
 	}
-	key, err := readKey(path, passphrase)
+	key, err := ReadKey(path, passphrase)
 	if err != nil {
 		return err
 	}
@@ -460,8 +460,8 @@ func loadKey(dir, stem string, passphrase []byte, open KeyOpener, i *Issuer) err
 	return nil
 }
 
-// readKey reads a key file, which only its owner may read.
-func readKey(path string, passphrase []byte) (*ecdsa.PrivateKey, error) {
+// ReadKey reads a key file as EncodeKey makes it, which only its owner may read.
+func ReadKey(path string, passphrase []byte) (*ecdsa.PrivateKey, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
