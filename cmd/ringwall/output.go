@@ -16,6 +16,7 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
+	"ringwall/internal/strictyaml"
 )
 
 // The exit codes; newExitCodesTopic explains them to people.
@@ -46,6 +47,8 @@ func newExitCodesTopic() *cobra.Command {
    6  it is there already, or has changed meanwhile
    7  this kernel, machine or build cannot do it
   10  anything else, such as a full disk
+
+Commands of ringwall csv have codes of their own: see ringwall csv --help.
 
 Errors are one line on standard error that begins with "ringwall:".`,
 	}
@@ -80,9 +83,12 @@ func hint(err error, format string, args ...any) error {
 // order matters where an error has several kinds: what says most comes first.
 func exitCode(err error) int {
 	var u usageError
+	var coded codedError
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.As(err, &coded):
+		return coded.code
 	case errors.As(err, &u):
 		return exitUsage
 	case errors.Is(err, errs.Untrusted):
@@ -104,7 +110,7 @@ func exitCode(err error) int {
 // fail prints an error in one line and returns its exit code.
 func (e *env) fail(err error) int {
 	if err != nil {
-		if problems, ok := errors.AsType[*integrity.ParseError](err); ok {
+		if problems, ok := errors.AsType[*strictyaml.Error](err); ok {
 			first := *problems
 			first.Problems, first.More = problems.Problems[:1], 0
 			if n := len(problems.Problems) + problems.More - 1; n > 0 {

@@ -15,6 +15,7 @@ import (
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
+	"ringwall/internal/strictyaml"
 )
 
 func newPolicyCommand(e *env) *cobra.Command {
@@ -30,12 +31,12 @@ sign, host apply; in audit mode first, then in enforce mode.`,
 
 // checkedPolicy is the result of reading one policy document.
 type checkedPolicy struct {
-	File     string              `json:"file"`
-	OK       bool                `json:"ok"`
-	Name     string              `json:"name,omitempty"`
-	Epoch    uint64              `json:"epoch,omitempty"`
-	Problems []integrity.Problem `json:"problems"`
-	Warnings []string            `json:"warnings"`
+	File     string               `json:"file"`
+	OK       bool                 `json:"ok"`
+	Name     string               `json:"name,omitempty"`
+	Epoch    uint64               `json:"epoch,omitempty"`
+	Problems []strictyaml.Problem `json:"problems"`
+	Warnings []string             `json:"warnings"`
 }
 
 func newPolicyCheckCommand(e *env) *cobra.Command {
@@ -60,9 +61,9 @@ JSON: {"policies": [{"file", "ok", "name", "epoch", "problems": [{"line",
 			}{}
 			bad := 0
 			for _, f := range args {
-				r := checkedPolicy{File: f, Problems: []integrity.Problem{}, Warnings: []string{}}
+				r := checkedPolicy{File: f, Problems: []strictyaml.Problem{}, Warnings: []string{}}
 				p, err := loadPolicy(f)
-				var problems *integrity.ParseError
+				var problems *strictyaml.Error
 				switch {
 				case errors.As(err, &problems):
 					bad++

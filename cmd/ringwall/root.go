@@ -6,6 +6,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"ringwall/internal/strictyaml"
 )
 
 // The sections of `ringwall --help`.
@@ -22,6 +24,7 @@ func commands(e *env) []*cobra.Command {
 		newSignCommand(e),
 		newVerifyCommand(e),
 		newCatalogueCommand(e),
+		newCSVCommand(e),
 		newPolicyCommand(e),
 		newKnobsCommand(e),
 		newHostCommand(e),
@@ -115,7 +118,7 @@ func explainFlag(c *cobra.Command, err error) error {
 	}
 	best, distance := "", 3
 	c.Flags().VisitAll(func(f *pflag.Flag) {
-		if d := editDistance(typed, f.Name); d < distance || len(typed) > 2 && best == "" && strings.HasPrefix(f.Name, typed) {
+		if d := strictyaml.Distance(typed, f.Name, distance); d < distance || len(typed) > 2 && best == "" && strings.HasPrefix(f.Name, typed) {
 			best, distance = f.Name, d
 		}
 	})
@@ -123,27 +126,6 @@ func explainFlag(c *cobra.Command, err error) error {
 		return usage(fmt.Errorf("%s has no flag --%s; did you mean --%s?", c.CommandPath(), typed, best))
 	}
 	return usage(fmt.Errorf("%s has no flag --%s; see %[1]s --help", c.CommandPath(), typed))
-}
-
-// editDistance is Levenshtein's.
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }
 
 // watchStart makes every command below c note that it began.

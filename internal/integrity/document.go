@@ -15,6 +15,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"ringwall/internal/pki"
+	"ringwall/internal/strictyaml"
 )
 
 // Bounds of a policy's parts.
@@ -56,14 +57,14 @@ func ParsePolicy(doc []byte) (*Policy, error) { return ParseNamed("policy.yaml",
 
 // ParseNamed reads a policy document, whose name stands in errors. It is
 // strict: unknown and repeated keys, wrong types, anchors, aliases, tags and
-// anything out of bounds are refused, and the *ParseError lists every problem
+// anything out of bounds are refused, and the *strictyaml.Error lists every problem
 // with its place. docs/design/policy.md describes the format.
 func ParseNamed(name string, doc []byte) (*Policy, error) {
-	d := &document{reader: reader{err: ParseError{Name: name}}, p: &Policy{Digest: sha256.Sum256(doc)}}
-	if root := d.document(doc); root != nil {
+	d := &document{Reader: strictyaml.NewReader(name, limits()), p: &Policy{Digest: sha256.Sum256(doc)}}
+	if root := d.Root(doc); root != nil {
 		d.policy(root)
 	}
-	if err := d.failed(); err != nil {
+	if err := d.Err(); err != nil {
 		return nil, err
 	}
 	d.p.Prepare()
@@ -72,7 +73,7 @@ func ParseNamed(name string, doc []byte) (*Policy, error) {
 
 // document reads one policy.
 type document struct {
-	reader
+	strictyaml.Reader
 	p        *Policy
 	baseline bool // it is a built-in one: interpreters, programs and knobs only
 
@@ -91,31 +92,31 @@ func (d *document) policy(n *yaml.Node) {
 	keep := func(to **yaml.Node) func(*yaml.Node, string) {
 		return func(n *yaml.Node, _ string) { *to = n }
 	}
-	fields := []field{
-		{"version", true, func(n *yaml.Node, where string) { d.number(n, where, 1, 1) }},
-		{"name", true, func(n *yaml.Node, where string) { p.Name = d.label(n, where) }},
-		{"epoch", true, func(n *yaml.Node, where string) { p.Epoch = d.number(n, where, 1, 1<<62) }},
-		{"supplements", false, func(n *yaml.Node, where string) { p.Supplements = d.label(n, where) }},
-		{"baseline", false, keep(&baseline)},
-		{"mode", false, keep(&mode)},
-		{"modes", false, keep(&modes)},
-		{"trust", false, keep(&trust)},
-		{"allow", false, later(func(n *yaml.Node, where string) { d.list(n, where, maxRules, d.allowRule) })},
-		{"deny", false, later(func(n *yaml.Node, where string) { d.list(n, where, maxRules, d.denyRule) })},
-		{"exceptions", false, later(func(n *yaml.Node, where string) { d.list(n, where, maxRules, d.exception) })},
-		{"programs", false, func(n *yaml.Node, where string) { d.list(n, where, maxRules, d.program) }},
-		{"interpreters", false, func(n *yaml.Node, where string) { d.list(n, where, maxRules, d.interpreter) }},
-		{"knobs", false, func(n *yaml.Node, where string) { d.list(n, where, maxRules, d.knob) }},
+	fields := []strictyaml.Field{
+		strictyaml.Required("version", func(n *yaml.Node, where string) { d.Number(n, where, 1, 1) }),
+		strictyaml.Required("name", func(n *yaml.Node, where string) { p.Name = d.label(n, where) }),
+		strictyaml.Required("epoch", func(n *yaml.Node, where string) { p.Epoch = d.Number(n, where, 1, 1<<62) }),
+		strictyaml.Optional("supplements", func(n *yaml.Node, where string) { p.Supplements = d.label(n, where) }),
+		strictyaml.Optional("baseline", keep(&baseline)),
+		strictyaml.Optional("mode", keep(&mode)),
+		strictyaml.Optional("modes", keep(&modes)),
+		strictyaml.Optional("trust", keep(&trust)),
+		strictyaml.Optional("allow", later(func(n *yaml.Node, where string) { d.List(n, where, maxRules, d.allowRule) })),
+		strictyaml.Optional("deny", later(func(n *yaml.Node, where string) { d.List(n, where, maxRules, d.denyRule) })),
+		strictyaml.Optional("exceptions", later(func(n *yaml.Node, where string) { d.List(n, where, maxRules, d.exception) })),
+		strictyaml.Optional("programs", func(n *yaml.Node, where string) { d.List(n, where, maxRules, d.program) }),
+		strictyaml.Optional("interpreters", func(n *yaml.Node, where string) { d.List(n, where, maxRules, d.interpreter) }),
+		strictyaml.Optional("knobs", func(n *yaml.Node, where string) { d.List(n, where, maxRules, d.knob) }),
 	}
 	if d.baseline {
-		fields = slices.DeleteFunc(fields, func(f field) bool {
-			return !slices.Contains([]string{"version", "programs", "interpreters", "knobs"}, f.key)
+		fields = slices.DeleteFunc(fields, func(f strictyaml.Field) bool {
+			return !slices.Contains([]string{"version", "programs", "interpreters", "knobs"}, f.Key())
 		})
-		d.mapping(n, "", fields)
+		d.Mapping(n, "", fields)
 		d.mergeInterpreters(nil)
 		return
 	}
-	d.mapping(n, "", fields)
+	d.Mapping(n, "", fields)
 	if n.Kind != yaml.MappingNode {
 		return
 	}
@@ -130,7 +131,7 @@ func (d *document) policy(n *yaml.Node) {
 		return
 	}
 	if mode == nil {
-		d.problem(n, "", "lacks mode", "add `mode: audit` to begin with")
+		d.Problem(n, "", "lacks mode", "add `mode: audit` to begin with")
 	}
 	d.modes(mode, modes)
 	d.addBaseline(baseline)
@@ -141,7 +142,7 @@ func (d *document) onlyAllows(n *yaml.Node) {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		switch k := n.Content[i]; k.Value {
 		case "baseline", "mode", "modes", "trust", "deny", "programs", "interpreters", "knobs":
-			d.problem(k, k.Value, "a supplement may only hold allow and exceptions", "move it to policy "+d.p.Supplements)
+			d.Problem(k, k.Value, "a supplement may only hold allow and exceptions", "move it to policy "+d.p.Supplements)
 		}
 	}
 }
@@ -158,9 +159,9 @@ func isLabel(s string) bool {
 }
 
 func (d *document) label(n *yaml.Node, where string) string {
-	s, ok := d.text(n, where)
+	s, ok := d.Text(n, where)
 	if ok && !isLabel(s) {
-		d.problem(n, where, "`"+clip(s)+"` is no name", "use up to 63 lower-case letters, digits, dots, dashes and underscores")
+		d.Problem(n, where, "`"+strictyaml.Clip(s)+"` is no name", "use up to 63 lower-case letters, digits, dots, dashes and underscores")
 		return ""
 	}
 	return s
@@ -168,11 +169,11 @@ func (d *document) label(n *yaml.Node, where string) string {
 
 // product reads a product's name, in the form that release records have.
 func (d *document) product(n *yaml.Node, where string) string {
-	s, ok := d.text(n, where)
+	s, ok := d.Text(n, where)
 	if ok && (len(s) > 64 || strings.ContainsFunc(s, func(c rune) bool {
 		return (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '+' && c != '-' && c != '.'
 	})) {
-		d.problem(n, where, "`"+clip(s)+"` is no product", "use the name in the release record: up to 64 of a-z, digits, + - .")
+		d.Problem(n, where, "`"+strictyaml.Clip(s)+"` is no product", "use the name in the release record: up to 64 of a-z, digits, + - .")
 		return ""
 	}
 	return s
@@ -185,7 +186,7 @@ func (d *document) unique(n *yaml.Node, where string, taken map[string]int) stri
 		return ""
 	}
 	if line, dup := taken[s]; dup {
-		d.problem(n, where, fmt.Sprintf("`%s` is taken, in line %d", s, line), "choose another name")
+		d.Problem(n, where, fmt.Sprintf("`%s` is taken, in line %d", s, line), "choose another name")
 		return ""
 	}
 	taken[s] = n.Line
@@ -211,106 +212,106 @@ func (d *document) modes(mode, modes *yaml.Node) {
 	p := d.p
 	all := ModeOff
 	if mode != nil {
-		all = parseMode(d.word(mode, "mode", []string{"audit", "enforce"}))
+		all = parseMode(d.Word(mode, "mode", []string{"audit", "enforce"}))
 	}
 	to := p.Process.modes()
 	for _, k := range Kinds() {
 		to[k.String()] = &p.Modes[k]
 	}
-	var fields []field
+	var fields []strictyaml.Field
 	for _, key := range slices.Sorted(maps.Keys(to)) {
 		*to[key] = all
-		fields = append(fields, field{key, false, func(n *yaml.Node, where string) {
-			*to[key] = parseMode(d.word(n, where, []string{"off", "audit", "enforce"}))
-		}})
+		fields = append(fields, strictyaml.Optional(key, func(n *yaml.Node, where string) {
+			*to[key] = parseMode(d.Word(n, where, []string{"off", "audit", "enforce"}))
+		}))
 	}
 	if modes != nil {
-		d.mapping(modes, "modes", fields)
+		d.Mapping(modes, "modes", fields)
 	}
 }
 
 func (d *document) trust(n *yaml.Node) {
 	t := &d.p.Trust
 	taken := map[string]int{}
-	name := func(to *string) field {
-		return field{"name", true, func(n *yaml.Node, where string) {
-			s, ok := d.text(n, where)
+	name := func(to *string) strictyaml.Field {
+		return strictyaml.Required("name", func(n *yaml.Node, where string) {
+			s, ok := d.Text(n, where)
 			if line, dup := taken[s]; ok && dup {
-				d.problem(n, where, fmt.Sprintf("`%s` is taken, in line %d", clip(s), line), "choose another name")
+				d.Problem(n, where, fmt.Sprintf("`%s` is taken, in line %d", strictyaml.Clip(s), line), "choose another name")
 			}
 			taken[s] = n.Line
 			*to = s
-		}}
+		})
 	}
-	d.mapping(n, "trust", []field{
-		{"authorities", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxAnchors, func(n *yaml.Node, where string) {
+	d.Mapping(n, "trust", []strictyaml.Field{
+		strictyaml.Optional("authorities", func(n *yaml.Node, where string) {
+			d.List(n, where, maxAnchors, func(n *yaml.Node, where string) {
 				var a Authority
-				d.mapping(n, where, []field{
+				d.Mapping(n, where, []strictyaml.Field{
 					name(&a.Name),
-					{"signs", true, func(n *yaml.Node, where string) {
-						a.Signs = d.texts(n, where, 4, func(s string) (string, string) {
+					strictyaml.Required("signs", func(n *yaml.Node, where string) {
+						a.Signs = d.Texts(n, where, 4, func(s string) (string, string) {
 							if !slices.Contains(signs(), s) {
-								return "`" + clip(s) + "` must be one of " + strings.Join(signs(), ", "), suggest(s, signs())
+								return "`" + strictyaml.Clip(s) + "` must be one of " + strings.Join(signs(), ", "), strictyaml.Suggest(s, signs())
 							}
 							return "", ""
 						})
-						d.notEmpty(n, where)
-					}},
-					{"certificate", true, func(n *yaml.Node, where string) {
+						d.NotEmpty(n, where)
+					}),
+					strictyaml.Required("certificate", func(n *yaml.Node, where string) {
 						c, err := pki.DecodeCertificate([]byte(n.Value))
 						if n.Kind != yaml.ScalarNode || err != nil {
-							d.problem(n, where, "must be a PEM certificate", "paste the file, indented, after `certificate: |`")
+							d.Problem(n, where, "must be a PEM certificate", "paste the file, indented, after `certificate: |`")
 							return
 						}
 						if !c.IsCA {
-							d.problem(n, where, "is not a CA's certificate", "use the certificate of the CA that issues signing certificates")
+							d.Problem(n, where, "is not a CA's certificate", "use the certificate of the CA that issues signing certificates")
 						}
 						a.Certificate = c
-					}},
+					}),
 				})
 				t.Authorities = append(t.Authorities, a)
 			})
-		}},
-		{"timestamps", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxAnchors, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Optional("timestamps", func(n *yaml.Node, where string) {
+			d.List(n, where, maxAnchors, func(n *yaml.Node, where string) {
 				var a Timestamp
-				d.mapping(n, where, []field{name(&a.Name), {"certificate", true, func(n *yaml.Node, where string) {
+				d.Mapping(n, where, []strictyaml.Field{name(&a.Name), strictyaml.Required("certificate", func(n *yaml.Node, where string) {
 					c, err := pki.DecodeCertificate([]byte(n.Value))
 					if n.Kind != yaml.ScalarNode || err != nil {
-						d.problem(n, where, "must be a PEM certificate", "paste the file, indented, after `certificate: |`")
+						d.Problem(n, where, "must be a PEM certificate", "paste the file, indented, after `certificate: |`")
 						return
 					}
 					a.Certificate = c
-				}}})
+				})})
 				t.Timestamps = append(t.Timestamps, a)
 			})
-		}},
-		{"logs", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxAnchors, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Optional("logs", func(n *yaml.Node, where string) {
+			d.List(n, where, maxAnchors, func(n *yaml.Node, where string) {
 				var a pki.LogAnchor
-				d.mapping(n, where, []field{name(&a.Name), {"key", true, func(n *yaml.Node, where string) {
+				d.Mapping(n, where, []strictyaml.Field{name(&a.Name), strictyaml.Required("key", func(n *yaml.Node, where string) {
 					k, err := pki.ParseLogKey(n.Value)
 					if n.Kind != yaml.ScalarNode || err != nil {
-						d.problem(n, where, "must be a log's key, such as log.fleet.example+1a2b3c4d+AjBZ…", "paste the line in the log's .pub file")
+						d.Problem(n, where, "must be a log's key, such as log.fleet.example+1a2b3c4d+AjBZ…", "paste the line in the log's .pub file")
 						return
 					}
 					a.LogKey = *k
-				}}})
+				})})
 				t.Logs = append(t.Logs, a)
 			})
-		}},
-		{"archives", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxAnchors, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Optional("archives", func(n *yaml.Node, where string) {
+			d.List(n, where, maxAnchors, func(n *yaml.Node, where string) {
 				var a Archive
-				d.mapping(n, where, []field{
+				d.Mapping(n, where, []strictyaml.Field{
 					name(&a.Name),
-					{"origins", false, func(n *yaml.Node, where string) { a.Origins = d.texts(n, where, maxAnchors, nil) }},
-					{"keyring", true, func(n *yaml.Node, where string) { a.Keyring = d.keyring(n, where) }},
+					strictyaml.Optional("origins", func(n *yaml.Node, where string) { a.Origins = d.Texts(n, where, maxAnchors, nil) }),
+					strictyaml.Required("keyring", func(n *yaml.Node, where string) { a.Keyring = d.keyring(n, where) }),
 				})
 				t.Archives = append(t.Archives, a)
 			})
-		}},
+		}),
 	})
 }
 
@@ -322,7 +323,7 @@ func (d *document) keyring(n *yaml.Node, where string) []byte {
 	const begin = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
 	fix := "paste /usr/share/keyrings/debian-archive-keyring.gpg as `base64` prints it, or an armoured key, indented, after `keyring: |`"
 	if n.Kind != yaml.ScalarNode || len(n.Value) > maxKeyring {
-		d.problem(n, where, fmt.Sprintf("must be a keyring of at most %d bytes", maxKeyring), fix)
+		d.Problem(n, where, fmt.Sprintf("must be a keyring of at most %d bytes", maxKeyring), fix)
 		return nil
 	}
 	s := strings.TrimSpace(n.Value)
@@ -331,22 +332,22 @@ func (d *document) keyring(n *yaml.Node, where string) []byte {
 	}
 	b, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(s), ""))
 	if err != nil || len(b) < 16 || b[0]&0x80 == 0 { // every OpenPGP packet starts with this bit (RFC 9580, 4.2)
-		d.problem(n, where, "is no keyring of public keys", fix)
+		d.Problem(n, where, "is no keyring of public keys", fix)
 		return nil
 	}
 	return b
 }
 
 // indicators are the fields that say what a rule is about.
-func (d *document) indicators(r *AllowRule, seen *[]string) []field {
-	note := func(key string, read func(*yaml.Node, string)) field {
-		return field{key, false, func(n *yaml.Node, where string) {
+func (d *document) indicators(r *AllowRule, seen *[]string) []strictyaml.Field {
+	note := func(key string, read func(*yaml.Node, string)) strictyaml.Field {
+		return strictyaml.Optional(key, func(n *yaml.Node, where string) {
 			*seen = append(*seen, key)
 			read(n, where)
-		}}
+		})
 	}
-	return []field{
-		{"kinds", false, func(n *yaml.Node, where string) { r.Kinds = d.kinds(n, where) }},
+	return []strictyaml.Field{
+		strictyaml.Optional("kinds", func(n *yaml.Node, where string) { r.Kinds = d.kinds(n, where) }),
 		note("signer", func(n *yaml.Node, where string) { r.Signer = d.signer(n, where) }),
 		note("package", func(n *yaml.Node, where string) { r.Package = d.packages(n, where) }),
 		note("release", func(n *yaml.Node, where string) { r.Releases = d.digests(n, where) }),
@@ -356,18 +357,18 @@ func (d *document) indicators(r *AllowRule, seen *[]string) []field {
 	}
 }
 
-func (d *document) name(to *string, taken map[string]int) field {
-	return field{"rule", true, func(n *yaml.Node, where string) { *to = d.unique(n, where, taken) }}
+func (d *document) name(to *string, taken map[string]int) strictyaml.Field {
+	return strictyaml.Required("rule", func(n *yaml.Node, where string) { *to = d.unique(n, where, taken) })
 }
 
-func (d *document) reason(to *string, required bool) field {
-	return field{"reason", required, func(n *yaml.Node, where string) { *to, _ = d.text(n, where) }}
+func (d *document) reason(to *string) func(*yaml.Node, string) {
+	return func(n *yaml.Node, where string) { *to, _ = d.Text(n, where) }
 }
 
 func (d *document) allowRule(n *yaml.Node, where string) {
 	var r AllowRule
 	var seen []string
-	d.mapping(n, where, append(d.indicators(&r, &seen), d.name(&r.Rule, d.ruleLine), d.reason(&r.Reason, false)))
+	d.Mapping(n, where, append(d.indicators(&r, &seen), d.name(&r.Rule, d.ruleLine), strictyaml.Optional("reason", d.reason(&r.Reason))))
 	d.oneIndicator(n, where, seen)
 	d.p.Allow = append(d.p.Allow, r)
 }
@@ -375,8 +376,8 @@ func (d *document) allowRule(n *yaml.Node, where string) {
 func (d *document) exception(n *yaml.Node, where string) {
 	var r AllowRule
 	var seen []string
-	d.mapping(n, where, append(d.indicators(&r, &seen), d.name(&r.Rule, d.ruleLine), d.reason(&r.Reason, true),
-		field{"until", true, func(n *yaml.Node, where string) { r.Until = d.time(n, where) }}))
+	d.Mapping(n, where, append(d.indicators(&r, &seen), d.name(&r.Rule, d.ruleLine), strictyaml.Required("reason", d.reason(&r.Reason)),
+		strictyaml.Required("until", func(n *yaml.Node, where string) { r.Until = d.Time(n, where) })))
 	d.oneIndicator(n, where, seen)
 	d.p.Allow = append(d.p.Allow, r)
 }
@@ -386,56 +387,56 @@ func (d *document) oneIndicator(n *yaml.Node, where string, seen []string) {
 	switch {
 	case n.Kind != yaml.MappingNode:
 	case len(seen) == 0:
-		d.problem(n, where, "says nothing about what it allows", "add one of "+which)
+		d.Problem(n, where, "says nothing about what it allows", "add one of "+which)
 	case len(seen) > 1:
-		d.problem(n, where, "has "+strings.Join(seen, " and "), "one indicator a rule: make it "+strconv.Itoa(len(seen))+" rules")
+		d.Problem(n, where, "has "+strings.Join(seen, " and "), "one indicator a rule: make it "+strconv.Itoa(len(seen))+" rules")
 	}
 }
 
 func (d *document) kinds(n *yaml.Node, where string) KindSet {
 	var out KindSet
 	names := kindNames[KindExec:KindBPF]
-	d.list(n, where, len(names), func(n *yaml.Node, where string) {
+	d.List(n, where, len(names), func(n *yaml.Node, where string) {
 		if n.Value == KindBPF.String() {
-			d.problem(n, where, "no rule authorises bpf", "name the program under programs, with `may: [bpf]`")
+			d.Problem(n, where, "no rule authorises bpf", "name the program under programs, with `may: [bpf]`")
 			return
 		}
-		if k, err := ParseKind(d.word(n, where, names)); err == nil {
+		if k, err := ParseKind(d.Word(n, where, names)); err == nil {
 			if out.Has(k) {
-				d.problem(n, where, "repeated", "remove one of the two")
+				d.Problem(n, where, "repeated", "remove one of the two")
 			}
 			out |= SetOf(k)
 		}
 	})
-	d.notEmpty(n, where)
+	d.NotEmpty(n, where)
 	return out
 }
 
 func (d *document) signer(n *yaml.Node, where string) *Signer {
 	s := &Signer{}
 	var at *yaml.Node
-	d.mapping(n, where, []field{
-		{"authority", true, func(n *yaml.Node, where string) {
-			s.Authority, _ = d.text(n, where)
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("authority", func(n *yaml.Node, where string) {
+			s.Authority, _ = d.Text(n, where)
 			if d.p.Supplements == "" && s.Authority != "" {
 				d.authority(n, where, s.Authority)
 			}
-		}},
-		{"identity", false, func(n *yaml.Node, where string) {
-			v, ok := d.text(n, where)
+		}),
+		strictyaml.Optional("identity", func(n *yaml.Node, where string) {
+			v, ok := d.Text(n, where)
 			if u, err := url.Parse(v); ok && (err != nil || u.Scheme == "" || u.Host == "" || u.String() != v) {
-				d.problem(n, where, "`"+clip(v)+"` is no URI", "as it stands in the certificate, such as spiffe://fleet.example/build/main")
+				d.Problem(n, where, "`"+strictyaml.Clip(v)+"` is no URI", "as it stands in the certificate, such as spiffe://fleet.example/build/main")
 			}
 			s.Identity = v
-		}},
-		{"product", false, func(n *yaml.Node, where string) { s.Product = d.product(n, where) }},
-		{"min_epoch", false, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Optional("product", func(n *yaml.Node, where string) { s.Product = d.product(n, where) }),
+		strictyaml.Optional("min_epoch", func(n *yaml.Node, where string) {
 			at = n
-			s.MinEpoch = uint32(d.number(n, where, 1, 1<<32-1)) //nolint:gosec // bounded
-		}},
+			s.MinEpoch = uint32(d.Number(n, where, 1, 1<<32-1)) //nolint:gosec // bounded
+		}),
 	})
 	if at != nil && s.Product == "" {
-		d.problem(at, where+".min_epoch", "epochs of different products mean different things", "add `product: …`")
+		d.Problem(at, where+".min_epoch", "epochs of different products mean different things", "add `product: …`")
 	}
 	return s
 }
@@ -450,23 +451,23 @@ func (d *document) authority(n *yaml.Node, where, name string) {
 			continue
 		}
 		if !slices.Contains(a.Signs, "build") {
-			d.problem(n, where, "`"+clip(name)+"` does not sign builds", "add build to its signs, or name another")
+			d.Problem(n, where, "`"+strictyaml.Clip(name)+"` does not sign builds", "add build to its signs, or name another")
 		}
 		return
 	}
 	if len(names) == 0 {
-		d.problem(n, where, "`"+clip(name)+"` is not trusted", "add it to trust.authorities")
+		d.Problem(n, where, "`"+strictyaml.Clip(name)+"` is not trusted", "add it to trust.authorities")
 		return
 	}
-	d.problem(n, where, "`"+clip(name)+"` is not in trust.authorities", suggest(name, names))
+	d.Problem(n, where, "`"+strictyaml.Clip(name)+"` is not in trust.authorities", strictyaml.Suggest(name, names))
 }
 
 func (d *document) packages(n *yaml.Node, where string) *PackageSet {
 	s := &PackageSet{}
-	d.mapping(n, where, []field{
-		{"archive", true, func(n *yaml.Node, where string) {
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("archive", func(n *yaml.Node, where string) {
 			var ok bool
-			if s.Archive, ok = d.text(n, where); !ok || d.p.Supplements != "" {
+			if s.Archive, ok = d.Text(n, where); !ok || d.p.Supplements != "" {
 				return
 			}
 			var names []string
@@ -476,80 +477,80 @@ func (d *document) packages(n *yaml.Node, where string) *PackageSet {
 			switch {
 			case slices.Contains(names, s.Archive):
 			case len(names) == 0:
-				d.problem(n, where, "`"+clip(s.Archive)+"` is not trusted", "add it to trust.archives")
+				d.Problem(n, where, "`"+strictyaml.Clip(s.Archive)+"` is not trusted", "add it to trust.archives")
 			default:
-				d.problem(n, where, "`"+clip(s.Archive)+"` is not in trust.archives", suggest(s.Archive, names))
+				d.Problem(n, where, "`"+strictyaml.Clip(s.Archive)+"` is not in trust.archives", strictyaml.Suggest(s.Archive, names))
 			}
-		}},
-		{"names", true, func(n *yaml.Node, where string) {
-			s.Names = d.texts(n, where, maxPatterns, checkPattern)
-			d.notEmpty(n, where)
-		}},
+		}),
+		strictyaml.Required("names", func(n *yaml.Node, where string) {
+			s.Names = d.Texts(n, where, maxPatterns, checkPattern)
+			d.NotEmpty(n, where)
+		}),
 	})
 	return s
 }
 
 func (d *document) denyRule(n *yaml.Node, where string) {
 	var r DenyRule
-	d.mapping(n, where, []field{
-		d.name(&r.Rule, d.ruleLine), d.reason(&r.Reason, false),
-		{"sha256", false, func(n *yaml.Node, where string) { r.SHA256 = d.digests(n, where) }},
-		{"release", false, func(n *yaml.Node, where string) { r.Releases = d.digests(n, where) }},
-		{"package", false, func(n *yaml.Node, where string) { r.Package = d.packages(n, where) }},
-		{"certificate", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxRules, func(n *yaml.Node, where string) {
+	d.Mapping(n, where, []strictyaml.Field{
+		d.name(&r.Rule, d.ruleLine), strictyaml.Optional("reason", d.reason(&r.Reason)),
+		strictyaml.Optional("sha256", func(n *yaml.Node, where string) { r.SHA256 = d.digests(n, where) }),
+		strictyaml.Optional("release", func(n *yaml.Node, where string) { r.Releases = d.digests(n, where) }),
+		strictyaml.Optional("package", func(n *yaml.Node, where string) { r.Package = d.packages(n, where) }),
+		strictyaml.Optional("certificate", func(n *yaml.Node, where string) {
+			d.List(n, where, maxRules, func(n *yaml.Node, where string) {
 				var v Revocation
-				d.mapping(n, where, []field{
-					{"sha256", true, func(n *yaml.Node, where string) { v.Certificate, _ = d.digest(n, where) }},
-					{"from", false, func(n *yaml.Node, where string) { v.From = d.time(n, where) }},
+				d.Mapping(n, where, []strictyaml.Field{
+					strictyaml.Required("sha256", func(n *yaml.Node, where string) { v.Certificate, _ = d.digest(n, where) }),
+					strictyaml.Optional("from", func(n *yaml.Node, where string) { v.From = d.Time(n, where) }),
 				})
 				r.Certificates = append(r.Certificates, v)
 			})
-			d.notEmpty(n, where)
-		}},
-		{"product", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxRules, func(n *yaml.Node, where string) {
+			d.NotEmpty(n, where)
+		}),
+		strictyaml.Optional("product", func(n *yaml.Node, where string) {
+			d.List(n, where, maxRules, func(n *yaml.Node, where string) {
 				var v Outdated
-				d.mapping(n, where, []field{
-					{"name", true, func(n *yaml.Node, where string) { v.Product = d.product(n, where) }},
-					{"below_epoch", true, func(n *yaml.Node, where string) {
-						v.BelowEpoch = uint32(d.number(n, where, 1, 1<<32-1)) //nolint:gosec // bounded
-					}},
+				d.Mapping(n, where, []strictyaml.Field{
+					strictyaml.Required("name", func(n *yaml.Node, where string) { v.Product = d.product(n, where) }),
+					strictyaml.Required("below_epoch", func(n *yaml.Node, where string) {
+						v.BelowEpoch = uint32(d.Number(n, where, 1, 1<<32-1)) //nolint:gosec // bounded
+					}),
 				})
 				r.Products = append(r.Products, v)
 			})
-			d.notEmpty(n, where)
-		}},
+			d.NotEmpty(n, where)
+		}),
 	})
 	if n.Kind == yaml.MappingNode && len(r.SHA256)+len(r.Releases)+len(r.Certificates)+len(r.Products) == 0 && r.Package == nil {
-		d.problem(n, where, "says nothing about what it denies", "add one of sha256, release, package, certificate, product")
+		d.Problem(n, where, "says nothing about what it denies", "add one of sha256, release, package, certificate, product")
 	}
 	d.p.Deny = append(d.p.Deny, r)
 }
 
 func (d *document) match(n *yaml.Node, where string) Match {
 	var m Match
-	d.mapping(n, where, []field{
-		{"files", false, func(n *yaml.Node, where string) {
-			m.Files = d.texts(n, where, maxPatterns, func(s string) (string, string) {
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Optional("files", func(n *yaml.Node, where string) {
+			m.Files = d.Texts(n, where, maxPatterns, func(s string) (string, string) {
 				if strings.HasPrefix(s, "/") {
-					return "`" + clip(s) + "` starts with a slash", "names are as in the package: " + clip(strings.TrimLeft(s, "/"))
+					return "`" + strictyaml.Clip(s) + "` starts with a slash", "names are as in the package: " + strictyaml.Clip(strings.TrimLeft(s, "/"))
 				}
 				return checkPattern(s)
 			})
-			d.notEmpty(n, where)
-		}},
-		{"package", false, func(n *yaml.Node, where string) {
-			m.Package, _ = d.text(n, where)
+			d.NotEmpty(n, where)
+		}),
+		strictyaml.Optional("package", func(n *yaml.Node, where string) {
+			m.Package, _ = d.Text(n, where)
 			if bad, fix := checkPattern(m.Package); bad != "" {
-				d.problem(n, where, bad, fix)
+				d.Problem(n, where, bad, fix)
 			}
-		}},
-		{"product", false, func(n *yaml.Node, where string) { m.Product = d.product(n, where) }},
-		{"sha256", false, func(n *yaml.Node, where string) { m.SHA256 = d.digests(n, where) }},
+		}),
+		strictyaml.Optional("product", func(n *yaml.Node, where string) { m.Product = d.product(n, where) }),
+		strictyaml.Optional("sha256", func(n *yaml.Node, where string) { m.SHA256 = d.digests(n, where) }),
 	})
 	if n.Kind == yaml.MappingNode && len(n.Content) == 0 {
-		d.problem(n, where, "matches nothing", "add files, package, product or sha256")
+		d.Problem(n, where, "matches nothing", "add files, package, product or sha256")
 	}
 	return m
 }
@@ -580,13 +581,13 @@ func (d *document) program(n *yaml.Node, where string) {
 	var r ProgramRule
 	roles := roleNames()
 	words := slices.Sorted(maps.Keys(roles))
-	d.mapping(n, where, []field{
+	d.Mapping(n, where, []strictyaml.Field{
 		d.name(&r.Rule, d.programLine),
-		{"match", true, func(n *yaml.Node, where string) { r.Match = d.match(n, where) }},
-		{"may", true, func(n *yaml.Node, where string) {
-			d.list(n, where, len(words), func(n *yaml.Node, where string) { r.May |= roles[d.word(n, where, words)] })
-			d.notEmpty(n, where)
-		}},
+		strictyaml.Required("match", func(n *yaml.Node, where string) { r.Match = d.match(n, where) }),
+		strictyaml.Required("may", func(n *yaml.Node, where string) {
+			d.List(n, where, len(words), func(n *yaml.Node, where string) { r.May |= roles[d.Word(n, where, words)] })
+			d.NotEmpty(n, where)
+		}),
 	})
 	d.p.Programs = append(d.p.Programs, r)
 }
@@ -596,35 +597,35 @@ func (d *document) knob(n *yaml.Node, where string) {
 	var sysctl, boot bool
 	word := func(to *string) func(*yaml.Node, string) {
 		return func(n *yaml.Node, where string) {
-			s, ok := d.text(n, where)
+			s, ok := d.Text(n, where)
 			if ok && strings.ContainsAny(s, " =\"'") {
-				d.problem(n, where, "`"+clip(s)+"` is no name of a setting", "")
+				d.Problem(n, where, "`"+strictyaml.Clip(s)+"` is no name of a setting", "")
 				return
 			}
 			if line, dup := d.knobLine[s]; ok && dup {
-				d.problem(n, where, fmt.Sprintf("`%s` is set in line %d already", clip(s), line), "remove one of the two")
+				d.Problem(n, where, fmt.Sprintf("`%s` is set in line %d already", strictyaml.Clip(s), line), "remove one of the two")
 			}
 			d.knobLine[s] = n.Line
 			*to = s
 		}
 	}
-	d.mapping(n, where, []field{
-		{"sysctl", false, func(n *yaml.Node, where string) { sysctl = true; word(&k.Name)(n, where) }},
-		{"boot", false, func(n *yaml.Node, where string) { boot = true; word(&k.Name)(n, where) }},
-		{"want", true, func(n *yaml.Node, where string) { k.Want, _ = d.text(n, where) }},
-		{"rule", false, func(n *yaml.Node, where string) {
-			k.Rule = d.word(n, where, []string{"exactly", "at_least", "contains"})
-		}},
-		{"apply", false, func(n *yaml.Node, where string) {
-			k.Apply = d.boolean(n, where)
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Optional("sysctl", func(n *yaml.Node, where string) { sysctl = true; word(&k.Name)(n, where) }),
+		strictyaml.Optional("boot", func(n *yaml.Node, where string) { boot = true; word(&k.Name)(n, where) }),
+		strictyaml.Required("want", func(n *yaml.Node, where string) { k.Want, _ = d.Text(n, where) }),
+		strictyaml.Optional("rule", func(n *yaml.Node, where string) {
+			k.Rule = d.Word(n, where, []string{"exactly", "at_least", "contains"})
+		}),
+		strictyaml.Optional("apply", func(n *yaml.Node, where string) {
+			k.Apply = d.Boolean(n, where)
 			if k.Apply && boot {
-				d.problem(n, where, "a boot parameter cannot be applied", "remove it; Ringwall reports whether it is set")
+				d.Problem(n, where, "a boot parameter cannot be applied", "remove it; Ringwall reports whether it is set")
 			}
-		}},
-		{"since", false, func(n *yaml.Node, where string) { k.Since = d.kernel(n, where) }},
+		}),
+		strictyaml.Optional("since", func(n *yaml.Node, where string) { k.Since = d.kernel(n, where) }),
 	})
 	if n.Kind == yaml.MappingNode && sysctl == boot {
-		d.problem(n, where, "must have one of sysctl and boot", "")
+		d.Problem(n, where, "must have one of sysctl and boot", "")
 	}
 	if k.Rule == "" {
 		k.Rule = "exactly"
@@ -634,7 +635,7 @@ func (d *document) knob(n *yaml.Node, where string) {
 }
 
 func (d *document) kernel(n *yaml.Node, where string) [2]int {
-	s, ok := d.text(n, where)
+	s, ok := d.Text(n, where)
 	if !ok {
 		return [2]int{}
 	}
@@ -642,7 +643,7 @@ func (d *document) kernel(n *yaml.Node, where string) [2]int {
 	major, err := strconv.ParseUint(a, 10, 8)
 	minor, err2 := strconv.ParseUint(b, 10, 8)
 	if !found || err != nil || err2 != nil {
-		d.problem(n, where, "must be a kernel version", `as in "6.12"`)
+		d.Problem(n, where, "must be a kernel version", `as in "6.12"`)
 	}
 	return [2]int{int(major), int(minor)}
 }
@@ -650,10 +651,10 @@ func (d *document) kernel(n *yaml.Node, where string) [2]int {
 // addBaseline adds the built-in entries whose names the policy does not have.
 func (d *document) addBaseline(n *yaml.Node) {
 	b := &Policy{}
-	if n != nil && d.number(n, "baseline", 0, lastBaseline) == 1 {
+	if n != nil && d.Number(n, "baseline", 0, lastBaseline) == 1 {
 		var err error
 		if b, err = parseBaseline(); err != nil { // a test keeps this from happening
-			d.problem(n, "baseline", err.Error(), "")
+			d.Problem(n, "baseline", err.Error(), "")
 			return
 		}
 	}
@@ -672,11 +673,11 @@ func (d *document) addBaseline(n *yaml.Node) {
 }
 
 func parseBaseline() (*Policy, error) {
-	b := &document{reader: reader{err: ParseError{Name: "baseline"}}, p: &Policy{}, baseline: true}
-	if root := b.document(baseline1); root != nil {
+	b := &document{Reader: strictyaml.NewReader("baseline", limits()), p: &Policy{}, baseline: true}
+	if root := b.Root(baseline1); root != nil {
 		b.policy(root)
 	}
-	if err := b.failed(); err != nil {
+	if err := b.Err(); err != nil {
 		return nil, err
 	}
 	b.p.Prepare()

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"ringwall/internal/strictyaml"
 )
 
 // ownInterpreter is an interpreter of the policy itself: it may leave out what
@@ -28,7 +30,7 @@ func (d *document) mergeInterpreters(builtin []InterpreterRule) {
 		}
 		for _, key := range []string{"match", "reads", "inline"} {
 			if own.n.Kind == yaml.MappingNode && !own.seen[key] {
-				d.problem(own.n, own.where, "lacks "+key, "add `"+key+": …`")
+				d.Problem(own.n, own.where, "lacks "+key, "add `"+key+": …`")
 			}
 		}
 	}
@@ -75,58 +77,58 @@ func (d *document) interpreter(n *yaml.Node, where string) {
 		own.seen[n.Content[i].Value] = true
 	}
 	d.ownInterpreters = append(d.ownInterpreters, own)
-	d.mapping(n, where, []field{
-		{"name", true, func(n *yaml.Node, where string) {
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("name", func(n *yaml.Node, where string) {
 			r.Name = d.unique(n, where, d.interpreterLine)
 			if len(r.Name) > maxShortName {
-				d.problem(n, where, "too long", fmt.Sprintf("at most %d bytes", maxShortName))
+				d.Problem(n, where, "too long", fmt.Sprintf("at most %d bytes", maxShortName))
 			}
-		}},
-		{"match", false, func(n *yaml.Node, where string) {
-			d.list(n, where, maxMatches, func(n *yaml.Node, where string) { r.Match = append(r.Match, d.match(n, where)) })
-			d.notEmpty(n, where)
-		}},
-		{"reads", false, func(n *yaml.Node, where string) {
-			switch d.word(n, where, []string{"any", "code", "strict"}) {
+		}),
+		strictyaml.Optional("match", func(n *yaml.Node, where string) {
+			d.List(n, where, maxMatches, func(n *yaml.Node, where string) { r.Match = append(r.Match, d.match(n, where)) })
+			d.NotEmpty(n, where)
+		}),
+		strictyaml.Optional("reads", func(n *yaml.Node, where string) {
+			switch d.Word(n, where, []string{"any", "code", "strict"}) {
 			case "code":
 				r.Reads = ReadsCode
 			case "strict":
 				r.Reads = ReadsStrict
 			}
-		}},
-		{"inline", false, func(n *yaml.Node, where string) {
-			switch d.word(n, where, []string{"allow", "audit", "deny"}) {
+		}),
+		strictyaml.Optional("inline", func(n *yaml.Node, where string) {
+			switch d.Word(n, where, []string{"allow", "audit", "deny"}) {
 			case "audit":
 				r.Inline = ModeAudit
 			case "deny":
 				r.Inline = ModeEnforce
 			}
-		}},
-		{"stdin", false, func(n *yaml.Node, where string) { r.Stdin = d.stdin(n, where) }},
-		{"options", false, func(n *yaml.Node, where string) { d.options(n, where, &r.Interpreter) }},
-		{"suffixes", false, func(n *yaml.Node, where string) { r.CodeSuffix = d.suffixes(n, where) }},
-		{"bytecode", false, func(n *yaml.Node, where string) { r.Bytecode = d.suffixes(n, where) }},
-		{"data", false, func(n *yaml.Node, where string) {
-			r.DataPaths = d.texts(n, where, maxDataPaths, func(s string) (string, string) {
+		}),
+		strictyaml.Optional("stdin", func(n *yaml.Node, where string) { r.Stdin = d.stdin(n, where) }),
+		strictyaml.Optional("options", func(n *yaml.Node, where string) { d.options(n, where, &r.Interpreter) }),
+		strictyaml.Optional("suffixes", func(n *yaml.Node, where string) { r.CodeSuffix = d.suffixes(n, where) }),
+		strictyaml.Optional("bytecode", func(n *yaml.Node, where string) { r.Bytecode = d.suffixes(n, where) }),
+		strictyaml.Optional("data", func(n *yaml.Node, where string) {
+			r.DataPaths = d.Texts(n, where, maxDataPaths, func(s string) (string, string) {
 				switch {
 				case !strings.HasPrefix(s, "/") || len(s) > maxDataPath:
-					return "`" + clip(s) + "` is no data path", fmt.Sprintf("an absolute path of at most %d bytes; a directory ends in a slash", maxDataPath)
+					return "`" + strictyaml.Clip(s) + "` is no data path", fmt.Sprintf("an absolute path of at most %d bytes; a directory ends in a slash", maxDataPath)
 				case strings.ContainsAny(s, "*?["):
-					return "`" + clip(s) + "` has a wildcard", "name the directory, with a slash at its end"
+					return "`" + strictyaml.Clip(s) + "` has a wildcard", "name the directory, with a slash at its end"
 				case s == "/":
 					return "everything would be data", "use `reads: code`"
 				}
 				return "", ""
 			})
-		}},
+		}),
 	})
 	d.p.Interpreters = append(d.p.Interpreters, r)
 }
 
 func (d *document) suffixes(n *yaml.Node, where string) []string {
-	return d.texts(n, where, maxSuffixes, func(s string) (string, string) {
+	return d.Texts(n, where, maxSuffixes, func(s string) (string, string) {
 		if len(s) > maxSuffix || strings.Contains(s, "/") {
-			return "`" + clip(s) + "` is no suffix", fmt.Sprintf("1 to %d bytes, as in .py", maxSuffix)
+			return "`" + strictyaml.Clip(s) + "` is no suffix", fmt.Sprintf("1 to %d bytes, as in .py", maxSuffix)
 		}
 		return "", ""
 	})
@@ -135,8 +137,8 @@ func (d *document) suffixes(n *yaml.Node, where string) []string {
 func (d *document) stdin(n *yaml.Node, where string) Stdin {
 	var out Stdin
 	forms := []string{"tty", "pipe", "file", "socket", "null"} // in the order of their bits
-	d.list(n, where, len(forms), func(n *yaml.Node, where string) {
-		w := d.word(n, where, forms)
+	d.List(n, where, len(forms), func(n *yaml.Node, where string) {
+		w := d.Word(n, where, forms)
 		for i, f := range forms {
 			if f == w {
 				out |= StdinTTY << i
@@ -152,10 +154,10 @@ func (d *document) options(n *yaml.Node, where string, r *Interpreter) {
 			if n.Kind == yaml.ScalarNode && n.Value == "" {
 				return
 			}
-			s, _ := d.text(n, where)
+			s, _ := d.Text(n, where)
 			for i, c := range s {
 				if c <= ' ' || c > '~' || c == '-' || strings.ContainsRune(s[:i], c) {
-					d.problem(n, where, "must be option letters, each once", `as in "ce"`)
+					d.Problem(n, where, "must be option letters, each once", `as in "ce"`)
 					return
 				}
 			}
@@ -164,37 +166,37 @@ func (d *document) options(n *yaml.Node, where string, r *Interpreter) {
 	}
 	long := func(to *[]string) func(*yaml.Node, string) {
 		return func(n *yaml.Node, where string) {
-			*to = d.texts(n, where, maxOptions, func(s string) (string, string) {
+			*to = d.Texts(n, where, maxOptions, func(s string) (string, string) {
 				if len(s) > maxOption || len(s) < 3 || !strings.HasPrefix(s, "--") || strings.ContainsAny(s, "= ") {
-					return "`" + clip(s) + "` is no long option", fmt.Sprintf("with both dashes and at most %d bytes, as in --eval", maxOption)
+					return "`" + strictyaml.Clip(s) + "` is no long option", fmt.Sprintf("with both dashes and at most %d bytes, as in --eval", maxOption)
 				}
 				return "", ""
 			})
 		}
 	}
-	d.mapping(n, where, []field{
-		{"inline", false, letters(&r.InlineFlags)},
-		{"argument", false, letters(&r.ArgFlags)},
-		{"stdin", false, letters(&r.StdinFlags)},
-		{"script", false, letters(&r.ScriptFlags)},
-		{"word", false, func(n *yaml.Node, where string) {
-			switch d.word(n, where, []string{"script", "code", "other"}) {
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Optional("inline", letters(&r.InlineFlags)),
+		strictyaml.Optional("argument", letters(&r.ArgFlags)),
+		strictyaml.Optional("stdin", letters(&r.StdinFlags)),
+		strictyaml.Optional("script", letters(&r.ScriptFlags)),
+		strictyaml.Optional("word", func(n *yaml.Node, where string) {
+			switch d.Word(n, where, []string{"script", "code", "other"}) {
 			case "code":
 				r.Word = WordCode
 			case "other":
 				r.Word = WordOther
 			}
-		}},
-		{"inline_long", false, long(&r.InlineLong)},
-		{"argument_long", false, long(&r.ArgLong)},
-		{"environment", false, func(n *yaml.Node, where string) {
-			r.Environment = d.texts(n, where, maxOptions, func(s string) (string, string) {
+		}),
+		strictyaml.Optional("inline_long", long(&r.InlineLong)),
+		strictyaml.Optional("argument_long", long(&r.ArgLong)),
+		strictyaml.Optional("environment", func(n *yaml.Node, where string) {
+			r.Environment = d.Texts(n, where, maxOptions, func(s string) (string, string) {
 				name := strings.TrimSuffix(s, "*")
 				if name == "" || len(name) > maxVariable || strings.ContainsAny(name, "=*? ") {
-					return "`" + clip(s) + "` is no variable", fmt.Sprintf("a name of at most %d bytes; a star at its end stands for the rest", maxVariable)
+					return "`" + strictyaml.Clip(s) + "` is no variable", fmt.Sprintf("a name of at most %d bytes; a star at its end stands for the rest", maxVariable)
 				}
 				return "", ""
 			})
-		}},
+		}),
 	})
 }

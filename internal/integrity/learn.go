@@ -12,6 +12,7 @@ import (
 	"unicode/utf8"
 
 	"ringwall/internal/pki"
+	"ringwall/internal/strictyaml"
 )
 
 // LearnInput is what was found on a running host.
@@ -359,7 +360,7 @@ func (w *learner) programs() {
 
 // isLine says whether a policy can hold s as a text.
 func isLine(s string) bool {
-	return len(s) < maxText/2 && utf8.ValidString(s) && !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c == 0x7f })
+	return len(s) < strictyaml.MaxText/2 && utf8.ValidString(s) && !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c == 0x7f })
 }
 
 // glob makes a pattern that matches only s.

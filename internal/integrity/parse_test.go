@@ -9,6 +9,7 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
+	"ringwall/internal/strictyaml"
 	"ringwall/internal/pki"
 )
 
@@ -155,7 +156,8 @@ func badPolicies() []bad {
 		{"deep", small + "allow: " + strings.Repeat("[", 30) + strings.Repeat("]", 30) + "\n", []string{"p.yaml:5:19: nested too deeply"}, true},
 		{
 			"a log's key with another hash", small + "trust: {logs: [{name: l, key: log.fleet.example+00000000+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDES7Yo9ONnOcHJF738s38VW5BHgqt2PbDX1dvotT7YTayZHJuZ0kSYJfzCfmQJuyST1nv4vv8qDCundwKiYAwU=}]}\n",
-			[]string{"p.yaml:5:31: trust.logs[0].key: must be a log's key"}, true,
+			[]string{"p.yaml:5:31: trust.logs[0].key: must be a log's key"},
+			true,
 		},
 		{"a log without a key", small + "trust: {logs: [{name: l}]}\n", []string{"lacks key"}, false},
 		{"everything missing", "{}", []string{"p.yaml:1:1: lacks version (fix: add `version: …`)", "lacks name", "lacks epoch", "lacks mode (fix: add `mode: audit` to begin with)"}, false},
@@ -258,7 +260,7 @@ func TestParsePolicy_refuses(t *testing.T) {
 	for _, c := range badPolicies() {
 		t.Run(c.name, func(t *testing.T) {
 			p, err := integrity.ParseNamed("p.yaml", []byte(c.doc))
-			var pe *integrity.ParseError
+			var pe *strictyaml.Error
 			if p != nil || !errors.As(err, &pe) || !errors.Is(err, errs.Invalid) {
 				t.Fatalf("policy %v, error %v", p, err)
 			}
@@ -283,7 +285,7 @@ func TestParsePolicy_bounds(t *testing.T) {
 		t.Errorf("many entries: %v", err)
 	}
 	_, err := integrity.ParsePolicy([]byte(small + "allow:\n" + strings.Repeat("- []\n", 4000)))
-	var pe *integrity.ParseError
+	var pe *strictyaml.Error
 	if !errors.As(err, &pe) || len(pe.Problems) != 50 || pe.More != 3950 || !strings.HasSuffix(err.Error(), "and 3950 more") {
 		t.Errorf("many problems: %.200v", err)
 	}
