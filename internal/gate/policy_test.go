@@ -1,0 +1,119 @@
+package gate_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/santhosh-tekuri/jsonschema/v6"
+	"go.yaml.in/yaml/v3"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/gate"
+)
+
+// Each edit of a good policy is refused in the right place, with a fix.
+func TestParsePolicy_problems(t *testing.T) {
+	w := newWorld(t)
+	good := w.document(allGates)
+	for name, tc := range map[string]struct{ old, with, path, text string }{
+		"unknown key":          {"min_epoch: 3", "min_epoche: 3", "min_epoche", "did you mean min_epoch?"},
+		"repeated key":         {"min_epoch: 3", "min_epoch: 3\nmin_epoch: 4", "min_epoch", "remove one"},
+		"version":              {"version: 1", "version: 2", "version", "number from 1 to 1"},
+		"bad product":          {"product: edged", "product: Edged", "product", "release record"},
+		"no gates":             {"gates:\n" + allGates, "gates: []", "gates", "0 entries"},
+		"unknown kind":         {"kind: scan", "kind: scam", "gates[2].kind", "did you mean scan?"},
+		"a key of another":     {"kind: scan", "kind: scan, builders: [x]", "gates[2].builders", "unknown key"},
+		"unknown attester":     {"kind: test, attesters: [ci]", "kind: test, attesters: [cj]", "gates[0].attesters", "did you mean ci?"},
+		"nobody attests":       {"kind: test, attesters: [ci], ", "kind: test, ", "gates[0]", "lacks attesters"},
+		"same name":            {"name: sast", "name: unit", "gates[2].name", "taken"},
+		"reserved name":        {"name: sast", "name: epoch", "gates[2].name", "another name"},
+		"age":                  {"max_age: 24h", "max_age: tomorrow", "gates[0].max_age", "30m, 24h or 7d"},
+		"unlimited":            {"max_age: 24h", "max_age: 99999d", "gates[0].max_age", "up to 3650d"},
+		"severity":             {"medium: 1", "mediun: 1", "gates[3].at_most.mediun", "did you mean medium?"},
+		"anchor":               {"product: edged", "product: &x edged", "", "anchors are not allowed"},
+		"unknown authority":    {"name: ci, authority: fleet", "name: ci, authority: flet", "attesters[0].authority", "did you mean fleet?"},
+		"attester of nothing":  {"identity: spiffe://fleet.example/attest/ci}", "}", "attesters[0]", "either identity or key"},
+		"identity":             {"identity: spiffe://fleet.example/attest/ci}", "identity: ci}", "attesters[0].identity", "certificate's URI"},
+		"key":                  {"identity: spiffe://fleet.example/attest/ci}", "key: abc}", "attesters[0].key", "sha256sum"},
+		"one approver":         {"approvers: [ann, bob]", "approvers: [ann]", "breakglass", "name more"},
+		"few approvals":        {"ring: canary", "ring: canary\n  required: 1", "breakglass.required", "from 2"},
+		"long break-glass":     {"max_time: 8h", "max_time: 48h", "breakglass.max_time", "up to 24h"},
+		"unknown ring":         {"ring: canary", "ring: moon", "breakglass.ring", "one of canary"},
+		"custom of a kind":     {"type: \"https://licences.example/v1\"", "type: \"https://slsa.dev/provenance/v1\"", "gates[7].type", "kind: provenance"},
+		"provenance of source": {"kind: provenance,", "kind: provenance, about: source,", "gates[4]", "remove"},
+		"certificate":          {"-----BEGIN", "-----BEGUN", "trust.authorities[0].certificate", "paste"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			doc := strings.Replace(good, tc.old, tc.with, 1)
+			if doc == good {
+				t.Fatal("the edit does nothing")
+			}
+			_, err := gate.ParsePolicy("p.yaml", []byte(doc))
+			var e *gate.ParseError
+			if !errors.As(err, &e) || !errors.Is(err, errs.Invalid) {
+				t.Fatalf("%v", err)
+			}
+			for _, p := range e.Problems {
+				if p.Path == tc.path && strings.Contains(p.Text+" "+p.Fix, tc.text) && p.Line > 0 && p.Column > 0 {
+					return
+				}
+			}
+			t.Errorf("want %s: %s in\n%v", tc.path, tc.text, err)
+		})
+	}
+}
+
+// Evidence about a revision needs something that ties the artefact to it.
+func TestParsePolicy_sourceNeedsArtefact(t *testing.T) {
+	w := newWorld(t)
+	_, err := gate.ParsePolicy("p", []byte(w.document("  - {name: review, kind: review, attesters: [forge], about: source}")))
+	if err == nil || !strings.Contains(err.Error(), "would vouch for any artefact") {
+		t.Errorf("%v", err)
+	}
+}
+
+// What the parser takes, the schema takes; what it does not know, neither does.
+func TestSchema(t *testing.T) {
+	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(gate.Schema()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := jsonschema.NewCompiler()
+	if err := c.AddResource("s.json", doc); err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.Compile("s.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(text string) error {
+		var v any
+		if err := yaml.Unmarshal([]byte(text), &v); err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		inst, err := jsonschema.UnmarshalJSON(bytes.NewReader(b))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Validate(inst)
+	}
+	good := newWorld(t).document(allGates)
+	if err := check(good); err != nil {
+		t.Errorf("%v", err)
+	}
+	for _, edit := range [][2]string{
+		{"min_epoch: 3", "x: 3"}, {"version: 1", "version: 2"}, {"kind: scan", "kind: scam"}, {"kind: scan", "kind: scan, builders: [x]"},
+		{"max_age: 24h", "max_age: 1y"}, {", properties: [RINGWALL_CSV_PASS]", ""}, {"medium: 1", "mediun: 1"},
+	} {
+		if check(strings.Replace(good, edit[0], edit[1], 1)) == nil {
+			t.Errorf("the schema takes %s", edit[1])
+		}
+	}
+}
