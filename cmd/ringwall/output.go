@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"ringwall/internal/errs"
-	"ringwall/internal/integrity"
 	"ringwall/internal/strictyaml"
 )
 
