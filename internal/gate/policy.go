@@ -11,6 +11,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"ringwall/internal/pki"
+	"ringwall/internal/strictyaml"
 )
 
 const (
@@ -83,21 +84,21 @@ type Breakglass struct {
 
 // ParsePolicy reads a release policy, whose name stands in errors. It is strict:
 // unknown and repeated keys, wrong types, anchors, aliases, tags and anything
-// out of bounds are refused, and the *ParseError lists every problem with its
+// out of bounds are refused, and the *strictyaml.Error lists every problem with its
 // place. docs/design/signing.md describes the format.
 func ParsePolicy(name string, doc []byte) (*Policy, error) {
-	d := &document{reader: reader{err: ParseError{Name: name}}, p: &Policy{Digest: sha256.Sum256(doc)}}
-	if root := d.document(doc); root != nil {
+	d := &document{Reader: strictyaml.NewReader(name, limits()), p: &Policy{Digest: sha256.Sum256(doc)}}
+	if root := d.Root(doc); root != nil {
 		d.policy(root)
 	}
-	if err := d.failed(); err != nil {
+	if err := d.Err(); err != nil {
 		return nil, err
 	}
 	return d.p, nil
 }
 
 type document struct {
-	reader
+	strictyaml.Reader
 	p *Policy
 }
 
@@ -107,23 +108,23 @@ func (d *document) policy(n *yaml.Node) {
 	keep := func(to **yaml.Node) func(*yaml.Node, string) {
 		return func(n *yaml.Node, _ string) { *to = n }
 	}
-	d.mapping(n, "", []field{
-		{"version", true, func(n *yaml.Node, where string) { d.number(n, where, 1, 1) }},
-		{"name", true, func(n *yaml.Node, where string) { p.Name = d.label(n, where) }},
-		{"product", true, func(n *yaml.Node, where string) { p.Product = d.product(n, where) }},
-		{"min_epoch", false, func(n *yaml.Node, where string) { p.MinEpoch = uint32(d.number(n, where, 0, 1<<31-1)) }}, //nolint:gosec // bounded
-		{"rings", true, func(n *yaml.Node, where string) {
+	d.Mapping(n, "", []strictyaml.Field{
+		strictyaml.Required("version", func(n *yaml.Node, where string) { d.number(n, where, 1, 1) }),
+		strictyaml.Required("name", func(n *yaml.Node, where string) { p.Name = d.label(n, where) }),
+		strictyaml.Required("product", func(n *yaml.Node, where string) { p.Product = d.product(n, where) }),
+		strictyaml.Optional("min_epoch", func(n *yaml.Node, where string) { p.MinEpoch = uint32(d.number(n, where, 0, 1<<31-1)) }), //nolint:gosec // bounded
+		strictyaml.Required("rings", func(n *yaml.Node, where string) {
 			p.Rings = d.texts(n, where)
 			for _, s := range p.Rings {
 				if s != "" && !isLabel(s) {
-					d.problem(n, where, "`"+clip(s)+"` is no ring's name", "use up to 63 lower-case letters, digits, dots, dashes and underscores")
+					d.Problem(n, where, "`"+clip(s)+"` is no ring's name", "use up to 63 lower-case letters, digits, dots, dashes and underscores")
 				}
 			}
-		}},
-		{"trust", true, d.trust},
-		{"attesters", true, keep(&attesters)},
-		{"gates", true, keep(&gates)},
-		{"breakglass", false, keep(&breakglass)},
+		}),
+		strictyaml.Required("trust", d.trust),
+		strictyaml.Required("attesters", keep(&attesters)),
+		strictyaml.Required("gates", keep(&gates)),
+		strictyaml.Optional("breakglass", keep(&breakglass)),
 	})
 	if attesters == nil || gates == nil {
 		return
@@ -135,7 +136,7 @@ func (d *document) policy(n *yaml.Node) {
 		d.breakglass(breakglass, "breakglass")
 	}
 	if i := slices.IndexFunc(p.Gates, func(g Gate) bool { return g.Source }); i >= 0 && !slices.ContainsFunc(p.Gates, Gate.tellsRevision) {
-		d.problem(gates, "gates", "no gate says from which revision the artefact was built, so that what gate "+p.Gates[i].Name+" says of a revision would vouch for any artefact",
+		d.Problem(gates, "gates", "no gate says from which revision the artefact was built, so that what gate "+p.Gates[i].Name+" says of a revision would vouch for any artefact",
 			"add a gate of kind provenance, or one of kind test or scan without `about: source`")
 	}
 }
@@ -157,7 +158,7 @@ func (d *document) product(n *yaml.Node, where string) string {
 	s := d.text(n, where)
 	for i, c := range []byte(s) {
 		if !(c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || i > 0 && (c == '+' || c == '-' || c == '.')) || i >= 64 {
-			d.problem(n, where, "`"+clip(s)+"` is no product", "use the name in the release record: up to 64 of a-z, digits, + - .")
+			d.Problem(n, where, "`"+clip(s)+"` is no product", "use the name in the release record: up to 64 of a-z, digits, + - .")
 			return ""
 		}
 	}
@@ -167,7 +168,7 @@ func (d *document) product(n *yaml.Node, where string) string {
 func (d *document) certificate(n *yaml.Node, where string) *x509.Certificate {
 	c, err := pki.DecodeCertificate([]byte(n.Value))
 	if n.Kind != yaml.ScalarNode || err != nil {
-		d.problem(n, where, "must be a PEM certificate", "paste the file, indented, after `certificate: |`")
+		d.Problem(n, where, "must be a PEM certificate", "paste the file, indented, after `certificate: |`")
 		return nil
 	}
 	return c
@@ -178,59 +179,59 @@ func (d *document) trust(n *yaml.Node, where string) {
 		return func(n *yaml.Node, where string) {
 			d.list(n, where, func(n *yaml.Node, where string) {
 				var a pki.Anchor
-				d.mapping(n, where, []field{
-					{"name", true, func(n *yaml.Node, where string) {
+				d.Mapping(n, where, []strictyaml.Field{
+					strictyaml.Required("name", func(n *yaml.Node, where string) {
 						a.Name = d.text(n, where)
 						if slices.ContainsFunc(*to, func(b pki.Anchor) bool { return b.Name == a.Name }) {
-							d.problem(n, where, "`"+clip(a.Name)+"` is taken", "choose another name")
+							d.Problem(n, where, "`"+clip(a.Name)+"` is taken", "choose another name")
 						}
-					}},
-					{"certificate", true, func(n *yaml.Node, where string) { a.Cert = d.certificate(n, where) }},
+					}),
+					strictyaml.Required("certificate", func(n *yaml.Node, where string) { a.Cert = d.certificate(n, where) }),
 				})
 				*to = append(*to, a)
 			})
 		}
 	}
-	d.mapping(n, where, []field{
-		{"authorities", true, anchors(&d.p.Trust.CAs)},
-		{"timestamps", true, anchors(&d.p.Trust.TSAs)},
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("authorities", anchors(&d.p.Trust.CAs)),
+		strictyaml.Required("timestamps", anchors(&d.p.Trust.TSAs)),
 	})
 }
 
 func (d *document) attester(n *yaml.Node, where string) {
 	var a Attester
-	d.mapping(n, where, []field{
-		{"name", true, func(n *yaml.Node, where string) {
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("name", func(n *yaml.Node, where string) {
 			a.Name = d.label(n, where)
 			if d.attesterIndex(a.Name) >= 0 {
-				d.problem(n, where, "`"+a.Name+"` is taken", "choose another name")
+				d.Problem(n, where, "`"+a.Name+"` is taken", "choose another name")
 			}
-		}},
-		{"authority", true, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Required("authority", func(n *yaml.Node, where string) {
 			a.Authority = d.text(n, where)
 			var names []string
 			for _, c := range d.p.Trust.CAs {
 				names = append(names, c.Name)
 			}
 			if a.Authority != "" && !slices.Contains(names, a.Authority) {
-				d.problem(n, where, "`"+clip(a.Authority)+"` is not in trust.authorities", suggest(a.Authority, names))
+				d.Problem(n, where, "`"+clip(a.Authority)+"` is not in trust.authorities", strictyaml.Suggest(a.Authority, names))
 			}
-		}},
-		{"identity", false, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Optional("identity", func(n *yaml.Node, where string) {
 			a.Identity = d.text(n, where)
 			if u, err := url.Parse(a.Identity); a.Identity != "" && (err != nil || u.Scheme == "" || u.Host == "") {
-				d.problem(n, where, "`"+clip(a.Identity)+"` is no identity", "use the certificate's URI, such as spiffe://fleet.example/attest/ci")
+				d.Problem(n, where, "`"+clip(a.Identity)+"` is no identity", "use the certificate's URI, such as spiffe://fleet.example/attest/ci")
 			}
-		}},
-		{"key", false, func(n *yaml.Node, where string) {
+		}),
+		strictyaml.Optional("key", func(n *yaml.Node, where string) {
 			var err error
 			if a.Key, err = ParseDigest(n.Value); n.Kind != yaml.ScalarNode || err != nil || a.Key.IsZero() {
-				d.problem(n, where, "must be 64 lower-case hex digits", "SHA-256 of the public key in DER: openssl x509 -pubkey -noout -in FILE | openssl pkey -pubin -outform der | sha256sum")
+				d.Problem(n, where, "must be 64 lower-case hex digits", "SHA-256 of the public key in DER: openssl x509 -pubkey -noout -in FILE | openssl pkey -pubin -outform der | sha256sum")
 			}
-		}},
+		}),
 	})
 	if n.Kind == yaml.MappingNode && (a.Identity == "") == a.Key.IsZero() {
-		d.problem(n, where, "needs either identity or key", "identity is right unless the key is in hardware and stays the same")
+		d.Problem(n, where, "needs either identity or key", "identity is right unless the key is in hardware and stays the same")
 	}
 	d.p.Attesters = append(d.p.Attesters, a)
 }
@@ -248,7 +249,7 @@ func (d *document) attesters(n *yaml.Node, where string) []string {
 	}
 	for _, s := range out {
 		if s != "" && !slices.Contains(names, s) {
-			d.problem(n, where, "`"+clip(s)+"` is no attester", suggest(s, names))
+			d.Problem(n, where, "`"+clip(s)+"` is no attester", strictyaml.Suggest(s, names))
 		}
 	}
 	return out
@@ -256,14 +257,14 @@ func (d *document) attesters(n *yaml.Node, where string) []string {
 
 func (d *document) breakglass(n *yaml.Node, where string) {
 	b := &Breakglass{Required: minApprovers}
-	d.mapping(n, where, []field{
-		{"approvers", true, func(n *yaml.Node, where string) { b.Approvers = d.attesters(n, where) }},
-		{"required", false, func(n *yaml.Node, where string) { b.Required = d.number(n, where, minApprovers, maxList) }},
-		{"ring", true, func(n *yaml.Node, where string) { b.Ring = d.word(n, where, d.p.Rings) }},
-		{"max_time", true, func(n *yaml.Node, where string) { b.MaxTime = d.duration(n, where, maxBreakglass) }},
+	d.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("approvers", func(n *yaml.Node, where string) { b.Approvers = d.attesters(n, where) }),
+		strictyaml.Optional("required", func(n *yaml.Node, where string) { b.Required = d.number(n, where, minApprovers, maxList) }),
+		strictyaml.Required("ring", func(n *yaml.Node, where string) { b.Ring = d.Word(n, where, d.p.Rings) }),
+		strictyaml.Required("max_time", func(n *yaml.Node, where string) { b.MaxTime = d.duration(n, where, maxBreakglass) }),
 	})
 	if n.Kind == yaml.MappingNode && len(b.Approvers) < b.Required {
-		d.problem(n, where, fmt.Sprintf("%d approvers are required and %d are named", b.Required, len(b.Approvers)), "name more")
+		d.Problem(n, where, fmt.Sprintf("%d approvers are required and %d are named", b.Required, len(b.Approvers)), "name more")
 	}
 	d.p.Breakglass = b
 }

@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"ringwall/internal/strictyaml"
 )
 
 // keysOf are the keys that a kind of gate has besides those that all have.
@@ -33,7 +35,7 @@ func keysOf(k Kind) (required, optional []string) {
 func (d *document) gate(n *yaml.Node, where string) {
 	g := Gate{MaxAge: defaultMaxAge, AtLeast: 1, MaxWarned: anyNumber, Reviewers: 1, AtMost: map[string]int{}}
 	if n.Kind != yaml.MappingNode {
-		d.wrongType(n, where, "a mapping (key: value)")
+		d.WrongType(n, where, "a mapping (key: value)")
 		return
 	}
 	for i := 0; i+1 < len(n.Content); i += 2 {
@@ -45,14 +47,14 @@ func (d *document) gate(n *yaml.Node, where string) {
 	for _, k := range GateKinds() {
 		kinds = append(kinds, string(k))
 	}
-	fields := []field{
-		{"name", true, func(n *yaml.Node, where string) { g.Name = d.gateName(n, where) }},
-		{"kind", true, func(n *yaml.Node, where string) { d.word(n, where, kinds) }},
-		{"attesters", true, func(n *yaml.Node, where string) { g.Attesters = d.attesters(n, where) }},
-		{"max_age", false, func(n *yaml.Node, where string) { g.MaxAge = d.duration(n, where, maxAge) }},
-		{"about", false, func(n *yaml.Node, where string) {
-			g.Source = d.word(n, where, []string{"artefact", "source"}) == "source"
-		}},
+	fields := []strictyaml.Field{
+		strictyaml.Required("name", func(n *yaml.Node, where string) { g.Name = d.gateName(n, where) }),
+		strictyaml.Required("kind", func(n *yaml.Node, where string) { d.Word(n, where, kinds) }),
+		strictyaml.Required("attesters", func(n *yaml.Node, where string) { g.Attesters = d.attesters(n, where) }),
+		strictyaml.Optional("max_age", func(n *yaml.Node, where string) { g.MaxAge = d.duration(n, where, maxAge) }),
+		strictyaml.Optional("about", func(n *yaml.Node, where string) {
+			g.Source = d.Word(n, where, []string{"artefact", "source"}) == "source"
+		}),
 	}
 	special := map[string]func(*yaml.Node, string){
 		"at_least":     func(n *yaml.Node, where string) { g.AtLeast = d.number(n, where, 1, anyNumber) },
@@ -71,19 +73,23 @@ func (d *document) gate(n *yaml.Node, where string) {
 	}
 	required, optional := keysOf(g.Kind)
 	for _, k := range slices.Concat(required, optional) {
-		fields = append(fields, field{k, slices.Contains(required, k), special[k]})
+		if slices.Contains(required, k) {
+			fields = append(fields, strictyaml.Required(k, special[k]))
+		} else {
+			fields = append(fields, strictyaml.Optional(k, special[k]))
+		}
 	}
 	if !slices.Contains(kinds, string(g.Kind)) { // do not blame the keys for the kind
 		for k, read := range special {
-			fields = append(fields, field{k, false, read})
+			fields = append(fields, strictyaml.Optional(k, read))
 		}
 	}
-	d.mapping(n, where, fields)
+	d.Mapping(n, where, fields)
 	if g.Source && !g.needsRevision() {
-		d.problem(n, where, "evidence of kind "+string(g.Kind)+" is about an artefact", "remove `about: source`")
+		d.Problem(n, where, "evidence of kind "+string(g.Kind)+" is about an artefact", "remove `about: source`")
 	}
 	if g.Source && g.Kind == KindProvenance {
-		d.problem(n, where, "provenance is about an artefact", "remove `about: source`")
+		d.Problem(n, where, "provenance is about an artefact", "remove `about: source`")
 	}
 	d.p.Gates = append(d.p.Gates, g)
 }
@@ -92,9 +98,9 @@ func (d *document) gateName(n *yaml.Node, where string) string {
 	s := d.label(n, where)
 	switch {
 	case slices.Contains([]string{reservedProduct, reservedRev, reservedEpoch, reservedRing}, s):
-		d.problem(n, where, "`"+s+"` is what the release itself is checked for", "choose another name")
+		d.Problem(n, where, "`"+s+"` is what the release itself is checked for", "choose another name")
 	case s != "" && slices.ContainsFunc(d.p.Gates, func(g Gate) bool { return g.Name == s }):
-		d.problem(n, where, "`"+s+"` is taken", "choose another name")
+		d.Problem(n, where, "`"+s+"` is taken", "choose another name")
 	}
 	return s
 }
@@ -105,26 +111,26 @@ func (d *document) atMost(n *yaml.Node, where string, g *Gate) {
 	if g.Kind == KindScan {
 		words = levels()
 	}
-	var fields []field
+	var fields []strictyaml.Field
 	for _, w := range words {
-		fields = append(fields, field{w, false, func(n *yaml.Node, where string) {
+		fields = append(fields, strictyaml.Optional(w, func(n *yaml.Node, where string) {
 			if n.Kind == yaml.ScalarNode && n.Value == "any" {
 				g.AtMost[w] = anyNumber
 				return
 			}
 			g.AtMost[w] = d.number(n, where, 0, anyNumber)
-		}})
+		}))
 	}
-	d.mapping(n, where, fields)
+	d.Mapping(n, where, fields)
 }
 
 func (d *document) customType(n *yaml.Node, where string) string {
 	s := d.text(n, where)
 	if k, _ := kindOf(s); s != "" && k != KindCustom {
-		d.problem(n, where, "`"+clip(s)+"` is not custom", "use `kind: "+string(k)+"`")
+		d.Problem(n, where, "`"+clip(s)+"` is not custom", "use `kind: "+string(k)+"`")
 	}
 	if s != "" && !strings.Contains(s, ":") {
-		d.problem(n, where, "`"+clip(s)+"` is no URI", "use the predicate type of the statement")
+		d.Problem(n, where, "`"+clip(s)+"` is no URI", "use the predicate type of the statement")
 	}
 	return s
 }
@@ -132,17 +138,17 @@ func (d *document) customType(n *yaml.Node, where string) string {
 func (d *document) require(n *yaml.Node, where string) map[string]string {
 	out := map[string]string{}
 	if n.Kind != yaml.MappingNode || len(n.Content) == 0 || len(n.Content) > 2*maxList {
-		d.problem(n, where, "must be a mapping of fields to the values that they must have", "as in `{summary.result: pass}`")
+		d.Problem(n, where, "must be a mapping of fields to the values that they must have", "as in `{summary.result: pass}`")
 		return out
 	}
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		k, v := n.Content[i], n.Content[i+1]
 		at := where + "." + clip(k.Value)
 		if _, dup := out[k.Value]; dup {
-			d.problem(k, at, "repeated", "remove one of the two")
+			d.Problem(k, at, "repeated", "remove one of the two")
 		}
 		if k.Kind != yaml.ScalarNode || v.Kind != yaml.ScalarNode || k.Value == "" || v.ShortTag() == "!!null" {
-			d.problem(k, at, "must be one word, number or text", "")
+			d.Problem(k, at, "must be one word, number or text", "")
 			continue
 		}
 		out[k.Value] = v.Value

@@ -12,6 +12,7 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/gate"
+	"ringwall/internal/strictyaml"
 )
 
 // Each edit of a good policy is refused in the right place, with a fix.
@@ -23,7 +24,7 @@ func TestParsePolicy_problems(t *testing.T) {
 		"repeated key":         {"min_epoch: 3", "min_epoch: 3\nmin_epoch: 4", "min_epoch", "remove one"},
 		"version":              {"version: 1", "version: 2", "version", "number from 1 to 1"},
 		"bad product":          {"product: edged", "product: Edged", "product", "release record"},
-		"no gates":             {"gates:\n" + allGates, "gates: []", "gates", "0 entries"},
+		"no gates":             {"gates:\n" + allGates, "gates: []", "gates", "is empty"},
 		"unknown kind":         {"kind: scan", "kind: scam", "gates[2].kind", "did you mean scan?"},
 		"a key of another":     {"kind: scan", "kind: scan, builders: [x]", "gates[2].builders", "unknown key"},
 		"unknown attester":     {"kind: test, attesters: [ci]", "kind: test, attesters: [cj]", "gates[0].attesters", "did you mean ci?"},
@@ -52,7 +53,7 @@ func TestParsePolicy_problems(t *testing.T) {
 				t.Fatal("the edit does nothing")
 			}
 			_, err := gate.ParsePolicy("p.yaml", []byte(doc))
-			var e *gate.ParseError
+			var e *strictyaml.Error
 			if !errors.As(err, &e) || !errors.Is(err, errs.Invalid) {
 				t.Fatalf("%v", err)
 			}
