@@ -29,7 +29,7 @@ const (
 
 // base knows nothing of the domain; a domain package does no I/O of its own.
 var (
-	base   = []string{"errs", "id", "pki", "api", "strictyaml"}
+	base   = []string{"errs", "id", "pki", "api", "resource", "strictyaml"}
 	domain = []string{
 		"integrity", "codesign", "codesign/archive", "kernelsig", "gate", "csv", "rollout", "incident", "attest",
 		"fleet", "vm", "vault", "identity", "rbac", "policy", "audit",
@@ -43,6 +43,8 @@ var (
 var floors = map[string][]string{
 	"errs": {},
 	"id":   {},
+	// The tree that everything managed is in.
+	"resource": {"errs"},
 	// What people write and sign: one way to read it.
 	"strictyaml": {"errs"},
 	"pki":        {"errs"},
@@ -64,7 +66,7 @@ var floors = map[string][]string{
 	"vm":       {"errs", "id", "pki", "attest"},
 	"vault":    {"errs", "id", "pki"},
 	"identity": {"errs", "id", "pki"},
-	"rbac":     {"errs", "id", "pki"},
+	"rbac":     {"errs", "id", "pki", "resource"},
 	"policy":   {"errs", "id", "pki"},
 	"audit":    {"errs", "id", "pki"},
 
@@ -117,10 +119,16 @@ var outside = map[string][]string{
 		"github.com/klauspost/compress", "github.com/ulikunitz/xz", // apt keeps its lists compressed
 	},
 	"agent":    {"golang.org/x/sys"},
+	"artefact": {
+		"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/pierrec/lz4/v4",
+		"golang.org/x/sys", // extended attributes
+		"github.com/erofs/go-erofs", "github.com/google/go-containerregistry",
+	},
 	"keystore": {"github.com/miekg/pkcs11"}, // with the build tag pkcs11 only
 	"transparency": {
 		"github.com/transparency-dev/tessera", "k8s.io/klog", // klog to silence tessera
 	},
+	"attest": {"github.com/google/go-tpm"},
 }
 
 // junk are names that say nothing about what a package is for.
