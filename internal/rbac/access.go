@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/resource"
 )
 
 // Everyone is the principal of a deny assignment that means all of them.
@@ -14,7 +15,7 @@ const Everyone = "00000000-0000-0000-0000-000000000000"
 // Assignment gives a role to a principal at a scope and below it.
 type Assignment struct {
 	ID        string
-	Scope     Scope
+	Scope     resource.ID
 	Role      string // id of the role
 	Principal string // object id of a user, a group or a service
 	Condition string // conditions are not evaluated yet: with one it grants nothing
@@ -25,7 +26,7 @@ type Assignment struct {
 type Deny struct {
 	ID          string
 	Name        string
-	Scope       Scope
+	Scope       resource.ID
 	Permissions []Permission
 	Principals  []string // object ids; Everyone for all
 	Except      []string // object ids that it does not apply to
@@ -38,10 +39,10 @@ type Request struct {
 	Groups    []string // object ids of all its groups, nested ones included
 	Action    string
 	Data      bool // a data action
-	Scope     Scope
+	Scope     resource.ID
 	// Above are the management groups that hold the scope's subscription, all
 	// the way up: paths do not tell.
-	Above []Scope
+	Above []resource.ID
 }
 
 // Decision is the answer and what it rests on.
@@ -80,7 +81,7 @@ type compiled struct {
 // that is not there or not assignable at its scope is an error (errs.Invalid):
 // whoever stores them checks that first. above tells the management groups
 // above a scope; nil if there are none.
-func New(roles []*Role, assignments []Assignment, denies []Deny, above func(Scope) []Scope) (*Access, error) {
+func New(roles []*Role, assignments []Assignment, denies []Deny, above func(resource.ID) []resource.ID) (*Access, error) {
 	type prepared struct {
 		role        *Role
 		permissions []compiled
@@ -103,7 +104,7 @@ func New(roles []*Role, assignments []Assignment, denies []Deny, above func(Scop
 		if !ok {
 			return nil, fmt.Errorf("assignment %s: role %q does not exist: %w", x.ID, x.Role, errs.Invalid)
 		}
-		var up []Scope
+		var up []resource.ID
 		if above != nil {
 			up = above(x.Scope)
 		}
@@ -163,7 +164,7 @@ func matches(ps []compiled, action string, data bool) bool {
 }
 
 // holds reports whether something at a scope holds for the request's.
-func holds(at Scope, r *Request) bool {
+func holds(at resource.ID, r *Request) bool {
 	return at.Contains(r.Scope) || slices.ContainsFunc(r.Above, at.Equal)
 }
 

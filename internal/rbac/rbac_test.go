@@ -10,10 +10,11 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/rbac"
+	"ringwall/internal/resource"
 )
 
-func scope(s string) rbac.Scope {
-	out, err := rbac.ParseScope(s)
+func scope(s string) resource.ID {
+	out, err := resource.ParseID(s)
 	if err != nil {
 		panic(err)
 	}
@@ -27,54 +28,8 @@ const (
 	mg    = "/providers/Microsoft.Management/managementGroups/corp"
 )
 
-func TestParseScope(t *testing.T) {
-	for s, want := range map[string]string{
-		"/": "", sub: "", sub + "/": "", vault: "", mg: "",
-		"":                                   "must begin with a slash",
-		"subscriptions/x":                    "must begin with a slash",
-		"//x":                                "empty part",
-		sub + "//x":                          "empty part",
-		sub + "/../y":                        "relative part",
-		"/a*":                                "no name may have",
-		"/a b":                               "no name may have",
-		"/ſubscriptions/x":                   "no name may have", // folds to s
-		"/" + strings.Repeat("a", 3000):      "too long",
-		"/" + strings.Repeat("a/", 90) + "a": "too many parts",
-	} {
-		got, err := rbac.ParseScope(s)
-		switch {
-		case want == "" && err != nil:
-			t.Errorf("%q: %v", s, err)
-		case want == "" && got.String() != strings.TrimSuffix(s, "/") && s != "/":
-			t.Errorf("%q became %q", s, got)
-		case want != "" && (!errors.Is(err, errs.Invalid) || !strings.Contains(err.Error(), want)):
-			t.Errorf("%q: %v, want %q", s, err, want)
-		}
-	}
-}
-
-func TestScope_contains(t *testing.T) {
-	for _, tc := range []struct {
-		a, b string
-		want bool
-	}{
-		{"/", sub, true},
-		{sub, sub, true},
-		{sub, vault, true},
-		{strings.ToUpper(sub), vault, true},
-		{group, group + "2", false}, // a name that begins the same
-		{vault, group, false},
-		{group, sub + "/resourceGroups/other", false},
-		{mg, vault, false}, // by membership only
-	} {
-		if got := scope(tc.a).Contains(scope(tc.b)); got != tc.want {
-			t.Errorf("%s contains %s: %v", tc.a, tc.b, got)
-		}
-	}
-}
-
 func role(id string, p rbac.Permission) *rbac.Role {
-	return &rbac.Role{ID: id, Name: id, Permissions: []rbac.Permission{p}, Assignable: []rbac.Scope{scope("/")}}
+	return &rbac.Role{ID: id, Name: id, Permissions: []rbac.Permission{p}, Assignable: []resource.ID{scope("/")}}
 }
 
 func TestCan(t *testing.T) {
@@ -96,7 +51,7 @@ func TestCan(t *testing.T) {
 	}
 	data := func(r *rbac.Request) { r.Data = true }
 	groups := func(g ...string) func(*rbac.Request) { return func(r *rbac.Request) { r.Groups = g } }
-	below := func(r *rbac.Request) { r.Above = []rbac.Scope{scope(strings.ToUpper(mg))} }
+	below := func(r *rbac.Request) { r.Above = []resource.ID{scope(strings.ToUpper(mg))} }
 	withCondition := as("owner", "ana", sub)
 	withCondition.Condition = "@Resource[x] StringEquals 'y'"
 	isolate := rbac.Deny{ID: "d1", Name: "quarantine", Scope: scope(group), Permissions: []rbac.Permission{{Actions: []string{"*"}, NotActions: []string{"*/read"}, DataActions: []string{"*"}, Condition: "whatever"}}, Principals: []string{rbac.Everyone}, Except: []string{"breakglass"}}
@@ -138,7 +93,7 @@ func TestCan(t *testing.T) {
 		"nobody":                      {[]rbac.Assignment{as("owner", "ana", "/")}, nil, ask("", "x/read", sub, groups("ana")), false, "nobody"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			above := func(rbac.Scope) []rbac.Scope { return nil }
+			above := func(resource.ID) []resource.ID { return nil }
 			a, err := rbac.New(roles, tc.have, tc.deny, above)
 			if err != nil {
 				t.Fatal(err)
@@ -154,7 +109,7 @@ func TestCan(t *testing.T) {
 func TestNew_refuses(t *testing.T) {
 	r := role("r", rbac.Permission{Actions: []string{"*"}})
 	narrow := role("narrow", rbac.Permission{Actions: []string{"*"}})
-	narrow.Assignable = []rbac.Scope{scope(group)}
+	narrow.Assignable = []resource.ID{scope(group)}
 	for name, tc := range map[string]struct {
 		roles  []*rbac.Role
 		assign []rbac.Assignment

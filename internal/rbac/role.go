@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/resource"
 )
 
 // Role is a role definition.
@@ -17,7 +18,7 @@ type Role struct {
 	Custom      bool
 	Permissions []Permission
 	// Assignable are the scopes at or below which the role may be assigned.
-	Assignable []Scope
+	Assignable []resource.ID
 }
 
 // Permission grants (Actions less NotActions) to manage resources, and
@@ -59,19 +60,19 @@ func ParseRole(data []byte) (*Role, error) {
 		ID         string `json:"id"`
 		Name       string `json:"name"` // the GUID in one form, the display name in the other
 		Properties *struct {
-			RoleName         string       `json:"roleName"`
-			Type             string       `json:"type"`
-			Description      string       `json:"description"`
-			AssignableScopes []Scope      `json:"assignableScopes"`
-			Permissions      []Permission `json:"permissions"`
+			RoleName         string        `json:"roleName"`
+			Type             string        `json:"type"`
+			Description      string        `json:"description"`
+			AssignableScopes []resource.ID `json:"assignableScopes"`
+			Permissions      []Permission  `json:"permissions"`
 		} `json:"properties"`
 
-		RoleName         string       `json:"roleName"`
-		RoleType         string       `json:"roleType"`
-		IsCustom         *bool        `json:"isCustom"`
-		Description      string       `json:"description"`
-		AssignableScopes []Scope      `json:"assignableScopes"`
-		Permissions      []Permission `json:"permissions"`
+		RoleName         string        `json:"roleName"`
+		RoleType         string        `json:"roleType"`
+		IsCustom         *bool         `json:"isCustom"`
+		Description      string        `json:"description"`
+		AssignableScopes []resource.ID `json:"assignableScopes"`
+		Permissions      []Permission  `json:"permissions"`
 		Permission
 	}
 	if err := json.Unmarshal(data, &w); err != nil {
@@ -134,7 +135,7 @@ func (r *Role) Check() error {
 
 // AssignableAt reports whether the role may be assigned at a scope. Azure's
 // built-in roles say "/", which is everywhere.
-func (r *Role) AssignableAt(at Scope, above []Scope) bool {
+func (r *Role) AssignableAt(at resource.ID, above []resource.ID) bool {
 	for _, s := range r.Assignable {
 		if s.Contains(at) || slices.ContainsFunc(above, s.Equal) {
 			return true
