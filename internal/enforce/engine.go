@@ -20,7 +20,7 @@ import (
 )
 
 // layout is LAYOUT of bpf/ringwall.h.
-const layout = 3
+const layout = 4
 
 // linkPrefix starts the pins of attached programs; the others are maps.
 const linkPrefix = "link_"
@@ -244,7 +244,7 @@ func (e *Engine) maps() map[string]*ebpf.Map {
 	return map[string]*ebpf.Map{
 		engineMapAdopted: m.Adopted, engineMapControl: m.Control, engineMapCounters: m.Counters,
 		engineMapDataPaths: m.DataPaths, engineMapEvents: m.Events, engineMapGuardedInodes: m.GuardedInodes,
-		engineMapIdentities: m.Identities, engineMapInodeWrites: m.InodeWrites, engineMapInterpreters: m.Interpreters,
+		engineMapIdentities: m.Identities, engineMapInterpreters: m.Interpreters, engineMapLayers: m.Layers,
 		engineMapOwnMaps: m.OwnMaps, engineMapScratches: m.Scratches, engineMapSettings: m.Settings,
 		engineMapTables: m.Tables, engineMapTasks: m.Tasks, engineMapVerityDevices: m.VerityDevices,
 	}

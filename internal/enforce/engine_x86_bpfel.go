@@ -107,8 +107,11 @@ type engineIdentity struct {
 	CtimeNs uint32
 	CtimeS  uint64
 	Size    uint64
-	Writes  uint64
+	AsOf    uint64
 	Digest  [32]uint8
+	Writes  uint64
+	InUse   uint32
+	Pad     uint32
 }
 
 type engineInterpreter struct {
@@ -228,13 +231,6 @@ type engineTask struct {
 	ScriptHash  uint64
 }
 
-type engineWrites struct {
-	_     structs.HostLayout
-	Count uint64
-	InUse uint32
-	Pad   uint32
-}
-
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -246,7 +242,6 @@ const (
 	engineMapEvents           = "events"
 	engineMapGuardedInodes    = "guarded_inodes"
 	engineMapIdentities       = "identities"
-	engineMapInodeWrites      = "inode_writes"
 	engineMapInterpreters     = "interpreters"
 	engineMapLayers           = "layers"
 	engineMapOwnMaps          = "own_maps"
@@ -414,7 +409,6 @@ type engineMapSpecs struct {
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	GuardedInodes *ebpf.MapSpec `ebpf:"guarded_inodes"`
 	Identities    *ebpf.MapSpec `ebpf:"identities"`
-	InodeWrites   *ebpf.MapSpec `ebpf:"inode_writes"`
 	Interpreters  *ebpf.MapSpec `ebpf:"interpreters"`
 	Layers        *ebpf.MapSpec `ebpf:"layers"`
 	OwnMaps       *ebpf.MapSpec `ebpf:"own_maps"`
@@ -460,7 +454,6 @@ type engineMaps struct {
 	Events        *ebpf.Map `ebpf:"events"`
 	GuardedInodes *ebpf.Map `ebpf:"guarded_inodes"`
 	Identities    *ebpf.Map `ebpf:"identities"`
-	InodeWrites   *ebpf.Map `ebpf:"inode_writes"`
 	Interpreters  *ebpf.Map `ebpf:"interpreters"`
 	Layers        *ebpf.Map `ebpf:"layers"`
 	OwnMaps       *ebpf.Map `ebpf:"own_maps"`
@@ -480,7 +473,6 @@ func (m *engineMaps) Close() error {
 		m.Events,
 		m.GuardedInodes,
 		m.Identities,
-		m.InodeWrites,
 		m.Interpreters,
 		m.Layers,
 		m.OwnMaps,

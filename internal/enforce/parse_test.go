@@ -142,3 +142,18 @@ func TestStatus_state(t *testing.T) {
 		}
 	}
 }
+
+// A map that is missing in the list is not guarded, and after a restart the
+// programs get another one than the pinned one.
+func TestMaps_complete(t *testing.T) {
+	spec, err := loadEngine()
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := (&Engine{}).maps()
+	for name := range spec.Maps {
+		if _, ok := listed[name]; !ok && name[0] != '.' {
+			t.Errorf("map %s is not listed", name)
+		}
+	}
+}

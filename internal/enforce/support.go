@@ -103,8 +103,6 @@ func imaHelper() Problems {
 	return nil
 }
 
-// dropUnsupported leaves out what this kernel has no hook for, and of two forms
-// of one program the one for other kernels. Uncovered tells what is lost.
 // signedModules is 1 if the kernel takes no module without a good signature.
 // That can be switched on and never off again. What cannot be read counts as off.
 func signedModules() uint32 {
@@ -115,6 +113,9 @@ func signedModules() uint32 {
 	return 0
 }
 
+// dropUnsupported leaves out what this kernel has no hook for, what would only
+// cost there, and of two forms of one program the one for other kernels.
+// Uncovered tells what is lost.
 func dropUnsupported(spec *ebpf.CollectionSpec) error {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
@@ -140,6 +141,9 @@ func dropUnsupported(spec *ebpf.CollectionSpec) error {
 		delete(spec.Programs, "rw_open_early")
 	} else {
 		delete(spec.Programs, "rw_open")
+	}
+	if !hasAny(kernel, []string{"linux_binprm.is_check"}) {
+		delete(spec.Programs, "rw_exec_check")
 	}
 	if params("bpf_lsm_inode_setattr") == 2 {
 		delete(spec.Programs, "rw_setattr")

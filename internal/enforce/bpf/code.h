@@ -49,12 +49,12 @@ long BPF_PROG(rw_exec_check, struct linux_binprm *bprm)
  */
 static __always_inline bool mark_in_use(const struct steering *c, struct file *f, const __u8 *digest)
 {
-	struct writes *w = bpf_inode_storage_get(&inode_writes, f->f_inode, 0, 0);
+	struct identity *id = bpf_inode_storage_get(&identities, f->f_inode, 0, 0);
 	struct version v = {};
-	if (!w)
+	if (!id)
 		return true; /* identity from fs-verity or dm-verity: there can be no writer */
 	__u32 now = bpf_ktime_get_boot_ns() / SECOND_NS + 1;
-	*(volatile __u32 *)&w->in_use = now;
+	*(volatile __u32 *)&id->in_use = now;
 	struct inode *real = f->f_inode->i_sb->s_magic == OVERLAY_MAGIC ? real_inode(c, f) : NULL;
 	if (real) {
 		struct guarded at = { .inode = BPF_CORE_READ(real, i_ino), .device = BPF_CORE_READ(real, i_sb, s_dev) };
@@ -62,7 +62,7 @@ static __always_inline bool mark_in_use(const struct steering *c, struct file *f
 		__builtin_memcpy(l.digest, digest, 32);
 		bpf_map_update_elem(&layers, &at, &l, BPF_ANY);
 	}
-	__sync_fetch_and_add(&w->count, 0); /* a full barrier */
+	__sync_fetch_and_add(&id->writes, 0); /* a full barrier */
 	return version_of_file(c, f, &v) && v.writers <= 0;
 }
 

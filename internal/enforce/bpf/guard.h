@@ -108,14 +108,14 @@ static __always_inline bool in_use(const struct inode *in, __u32 since)
  * A writer to authorised code that is in use, itself or through an overlay.
  * Only what is still authorised is worth keeping as it is.
  */
-static __always_inline long judge_code_write(struct steering *c, struct generation *s, struct inode *in, const struct writes *w,
+static __always_inline long judge_code_write(struct steering *c, struct generation *s, struct inode *in, const struct identity *id,
 					    struct file *f, bool can_path)
 {
 	struct key k = {};
 	struct guarded at = { .inode = in->i_ino, .device = in->i_sb->s_dev };
 	if (s->code_writes == M_OFF)
 		return 0;
-	if (!w || !in_use(in, w->in_use) || !last_digest(in, k.digest)) {
+	if (!id || !in_use(in, id->in_use) || !last_digest(id, k.digest)) {
 		struct layer *l = bpf_map_lookup_elem(&layers, &at);
 		if (!l || !in_use(in, l->in_use))
 			return 0;
@@ -127,7 +127,7 @@ static __always_inline long judge_code_write(struct steering *c, struct generati
 	return refuse(c, s, &r, can_path) ? -ETXTBSY : 0;
 }
 
-static __always_inline long judge_write(struct steering *c, struct generation *s, struct file *f)
+static __always_inline long judge_write(struct steering *c, struct generation *s, struct file *f, const struct identity *id)
 {
 	struct inode *in = f->f_inode;
 	struct report r = { .file = f };
@@ -146,7 +146,7 @@ static __always_inline long judge_write(struct steering *c, struct generation *s
 		r.mode = hit ? s->block_writes : M_AUDIT;
 		r.reason = WHY_BLOCK_WRITE;
 	} else {
-		return judge_code_write(c, s, in, bpf_inode_storage_get(&inode_writes, in, 0, 0), f, true);
+		return judge_code_write(c, s, in, id, f, true);
 	}
 	return refuse(c, s, &r, true);
 }
@@ -164,12 +164,10 @@ static __always_inline long opened_for_writing(struct file *file)
 			return refuse_guard(c, why, (const char *)file->f_path.dentry->d_name.name);
 	}
 	struct generation *s = settings_of(c);
-	long rc = s && in_scope(c) ? judge_write(c, s, file) : 0;
-	if (!rc) {
-		struct writes *w = bpf_inode_storage_get(&inode_writes, file->f_inode, 0, 0);
-		if (w)
-			__sync_fetch_and_add(&w->count, 1);
-	}
+	struct identity *id = bpf_inode_storage_get(&identities, file->f_inode, 0, 0);
+	long rc = s && in_scope(c) ? judge_write(c, s, file, id) : 0;
+	if (!rc && id)
+		__sync_fetch_and_add(&id->writes, 1);
 	return rc;
 }
 
@@ -197,11 +195,11 @@ long BPF_PROG(rw_truncate, struct path *path)
 	struct steering *c = steering();
 	if (c && c->protect && is_guarded(c, path->dentry) && !may(R_AGENT))
 		return refuse_guard(c, WHY_GUARD_FILE, NULL);
-	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
+	struct identity *id = bpf_inode_storage_get(&identities, in, 0, 0);
 	struct generation *s = c ? settings_of(c) : NULL;
-	long rc = s && in_scope(c) ? judge_code_write(c, s, in, w, NULL, false) : 0;
-	if (!rc && w)
-		__sync_fetch_and_add(&w->count, 1);
+	long rc = s && in_scope(c) ? judge_code_write(c, s, in, id, NULL, false) : 0;
+	if (!rc && id)
+		__sync_fetch_and_add(&id->writes, 1);
 	return rc;
 }
 

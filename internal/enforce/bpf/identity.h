@@ -132,25 +132,18 @@ static __always_inline bool is_loose_memory(struct file *f)
 }
 
 /* The digest that was last computed, true or not any more. */
-static __always_inline bool last_digest(struct inode *in, __u8 *digest)
+static __always_inline bool last_digest(const struct identity *id, __u8 *digest)
 {
-	struct identity *id = bpf_inode_storage_get(&identities, in, 0, 0);
-	if (!id)
-		return false;
 	__u32 seq = *(volatile __u32 *)&id->seq;
 	__builtin_memcpy(digest, id->digest, 32);
 	asm volatile("" ::: "memory");
 	return seq && !(seq & 1) && *(volatile __u32 *)&id->seq == seq;
 }
 
-static __always_inline bool cached(struct inode *in, const struct version *v, __u8 *digest)
+static __always_inline bool cached(const struct identity *id, const struct version *v, __u8 *digest)
 {
-	struct identity *id = bpf_inode_storage_get(&identities, in, 0, 0);
-	if (!id)
-		return false;
 	__u32 seq = *(volatile __u32 *)&id->seq;
-	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, 0);
-	if (!seq || seq & 1 || !w || id->writes != w->count)
+	if (!seq || seq & 1 || id->as_of != *(volatile __u64 *)&id->writes)
 		return false;
 	if (id->ctime_s != v->ctime_s || id->ctime_ns != v->ctime_ns || id->size != v->size)
 		return false;
@@ -159,11 +152,8 @@ static __always_inline bool cached(struct inode *in, const struct version *v, __
 	return *(volatile __u32 *)&id->seq == seq;
 }
 
-static __always_inline void remember(struct inode *in, const struct version *v, __u64 writes, const __u8 *digest)
+static __always_inline void remember(struct identity *id, const struct version *v, __u64 writes, const __u8 *digest)
 {
-	struct identity *id = bpf_inode_storage_get(&identities, in, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!id)
-		return;
 	__u32 seq = *(volatile __u32 *)&id->seq;
 	/* one writer at a time; who loses leaves it to the next check */
 	if (seq & 1 || __sync_val_compare_and_swap(&id->seq, seq, seq + 1) != seq)
@@ -171,7 +161,7 @@ static __always_inline void remember(struct inode *in, const struct version *v, 
 	id->ctime_s = v->ctime_s;
 	id->ctime_ns = v->ctime_ns;
 	id->size = v->size;
-	id->writes = writes;
+	id->as_of = writes;
 	__builtin_memcpy(id->digest, digest, 32);
 	__sync_fetch_and_add(&id->seq, 1);
 }
@@ -191,28 +181,34 @@ static __always_inline int identify(const struct steering *c, struct file *f, __
 		return -1;
 	if (before.writers > 0)
 		return -ETXTBSY;
-	if (cached(in, &before, digest)) {
+	struct identity *id = bpf_inode_storage_get(&identities, in, 0, 0);
+	if (id && cached(id, &before, digest)) {
 		__sync_fetch_and_add(&n->hits, 1);
 		return 0;
 	}
 	if (!may_hash)
 		return -ENOENT;
 	__sync_fetch_and_add(&n->misses, 1);
-	/* made before hashing: whoever opens the file for writing meanwhile counts here */
-	struct writes *w = bpf_inode_storage_get(&inode_writes, in, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!w)
+	/*
+	 * Made before hashing: whoever opens the file for writing meanwhile counts
+	 * here. Who came before that found nothing to count in: look again.
+	 */
+	id = bpf_inode_storage_get(&identities, in, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!id)
 		return -1;
-	__u64 writes = *(volatile __u64 *)&w->count;
+	if (!version_of_file(c, f, &before) || before.writers > 0)
+		return -ETXTBSY;
+	__u64 writes = *(volatile __u64 *)&id->writes;
 	long algo = bpf_ima_file_hash(f, digest, 32);
 	if (algo != HASH_ALGO_SHA256) {
 		__sync_fetch_and_add(&n->hash_errors, 1);
 		return algo < 0 ? (int)algo : -1;
 	}
 	__sync_fetch_and_add(&n->hashed, 1);
-	if (!version_of_file(c, f, &after) || after.writers > 0 || *(volatile __u64 *)&w->count != writes ||
+	if (!version_of_file(c, f, &after) || after.writers > 0 || *(volatile __u64 *)&id->writes != writes ||
 	    after.ctime_s != before.ctime_s || after.ctime_ns != before.ctime_ns || after.size != before.size)
 		return -ETXTBSY;
-	remember(in, &after, writes, digest);
+	remember(id, &after, writes, digest);
 	return 0;
 }
 

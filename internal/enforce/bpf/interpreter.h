@@ -428,20 +428,28 @@ static __always_inline void check_source(struct steering *c, struct generation *
 		bpf_send_signal(SIGKILL);
 }
 
-/* argv[1] is exactly "agent": the other uses of the same program get no privilege. */
+/*
+ * argv[1] is exactly "agent": the other uses of the same program get no
+ * privilege. argv[0] is read in parts, into the stack: this runs at nearly
+ * every execve, and storage of a task's own costs thousands of instructions.
+ */
 static __always_inline bool runs_agent(struct linux_binprm *bprm)
 {
-	char word[8];
-	__u64 next = bprm->p;
-	struct scratch *x = bpf_task_storage_get(&scratches, bpf_get_current_task_btf(), 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!x || bprm->argc < 2)
+	char part[64];
+	__u64 next = bprm->p, word = 0;
+	if (bprm->argc < 2)
 		return false;
-	long n = bpf_probe_read_user_str(x->name, sizeof(x->name), (void *)next);
-	if (n <= 0 || n == sizeof(x->name))
-		return false;
-	__builtin_memset(word, 0, sizeof(word));
-	n = bpf_probe_read_user_str(word, sizeof(word), (void *)(next + n));
-	return n == 6 && *(__u64 *)word == AGENT_WORD;
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		long n = bpf_probe_read_user_str(part, sizeof(part), (void *)next);
+		if (n <= 0)
+			return false;
+		next += n;
+		if (n < (long)sizeof(part))
+			return bpf_probe_read_user_str(&word, sizeof(word), (void *)next) == 6 && word == AGENT_WORD;
+		next--; /* cut, or its end is the next part */
+	}
+	return false;
 }
 
 /*
@@ -458,6 +466,12 @@ static __always_inline bool sees_true_system(struct task_struct *t)
 	       BPF_CORE_READ(t, fs, root.mnt) == BPF_CORE_READ(init, fs, root.mnt);
 }
 
+/* Neither inlined nor asked of every program: most have no such role. */
+static __attribute__((noinline)) bool starts_agent(struct linux_binprm *bprm, struct task_struct *t)
+{
+	return runs_agent(bprm) && sees_true_system(t);
+}
+
 /* The new program is in place and has not run yet: note what it is and may do. */
 SEC("lsm.s/bprm_committed_creds")
 long BPF_PROG(rw_committed, struct linux_binprm *bprm)
@@ -470,17 +484,14 @@ long BPF_PROG(rw_committed, struct linux_binprm *bprm)
 	struct task *old = task_info(t);
 	bool scoped = in_scope(c);
 	/* out of scope there is one role: the guards hold there too, and so must the agent's way past them */
-	if (!scoped && !old && !c->protect)
-		return 0;
-	bool agent = (!scoped || c->protect) && runs_agent(bprm) && sees_true_system(t);
-	if (!scoped && !old && !agent)
+	if (!scoped && !old && !(c->protect && starts_agent(bprm, t)))
 		return 0;
 	__u16 kept = old ? old->roles & R_PACKAGES : 0;
 	struct found o = {};
 	find(c, s, bprm->file, &o, true);
 	__u16 roles = o.entry.roles;
 	__u8 interpreter = o.entry.interpreter;
-	if (!agent)
+	if (roles & R_AGENT && !((!scoped || c->protect) && starts_agent(bprm, t)))
 		roles &= ~R_AGENT;
 	if ((__u32)bpf_get_current_uid_gid())
 		roles &= ~R_PACKAGES; /* what it starts for a user is the user's */

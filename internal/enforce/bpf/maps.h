@@ -2,16 +2,14 @@
 #ifndef RINGWALL_MAPS_H
 #define RINGWALL_MAPS_H
 
-/* What is known of an inode's content. seq is odd while it is being written. */
+/* What is known of an inode's content; made before a digest is computed so that writers can void it. */
 struct identity {
-	__u32 seq;
+	__u32 seq;    /* odd while the digest is being written; 0: there is none yet */
 	__u32 ctime_ns;
-	__u64 ctime_s, size, writes;
+	__u64 ctime_s, size;
+	__u64 as_of;  /* writes when the digest was computed */
 	__u8 digest[32];
-};
-/* Kept beside it; made before a digest is computed so that writers can void it. */
-struct writes {
-	__u64 count;  /* opens for writing and truncations */
+	__u64 writes; /* opens for writing and truncations, so far */
 	__u32 in_use; /* authorised, and last mapped executable or opened as a script then: seconds since boot, 0 never */
 	__u32 pad;
 };
@@ -53,7 +51,6 @@ struct scratch {
 };
 
 struct { __uint(type, BPF_MAP_TYPE_INODE_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct identity); } identities SEC(".maps");
-struct { __uint(type, BPF_MAP_TYPE_INODE_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct writes); } inode_writes SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_TASK_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct task); } tasks SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_TASK_STORAGE); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, int); __type(value, struct scratch); } scratches SEC(".maps");
 struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, __u32); __type(value, struct steering); } control SEC(".maps");

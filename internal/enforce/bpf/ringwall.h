@@ -128,7 +128,7 @@ struct steering {
 	__u8 object[32];    /* SHA-256 of the object whose programs are attached */
 };
 /* Grows whenever a map or a structure here changes shape: older maps cannot be taken over then. */
-#define LAYOUT 3
+#define LAYOUT 4
 
 struct counts {
 	__u64 seq, drops, denied, audited, hits, misses, hashed, hash_errors;
