@@ -38,6 +38,9 @@ type verifiedRelease struct {
 	NotAfter    *time.Time     `json:"not_after,omitempty"`
 	Artefacts   []artefactJSON `json:"artefacts"`
 	Gates       []gateJSON     `json:"gates"`
+	Policy      string         `json:"policy,omitempty"` // SHA-256 of the release policy
+	Ring        string         `json:"ring,omitempty"`
+	Breakglass  string         `json:"breakglass,omitempty"` // the reason
 	Records     int            `json:"records"`
 	Content     *contentCheck  `json:"content,omitempty"`
 }
@@ -87,7 +90,7 @@ files count when they were signed with --all-files.
 
 JSON of a release: {"file", "product", "version", "epoch", "revision", "release",
 "authority", "identity", "certificate", "signed_at", "not_after", "artefacts",
-"gates", "records", "content": {"path", "same", "artefact", "differences":
+"gates", "policy", "ring", "breakglass", "records", "content": {"path", "same", "artefact", "differences":
 [{"change": "added|removed|changed", "path", "signed", "found"}]}}
 JSON of a policy: {"file", "name", "epoch", "supplements", "sha256", "authority",
 "identity", "certificate", "signed_at"}`,
@@ -147,6 +150,10 @@ func describeRelease(r *loadedRelease) *verifiedRelease {
 	if !r.NotAfter.IsZero() {
 		out.NotAfter = &r.NotAfter
 	}
+	if !r.Policy.IsZero() {
+		out.Policy = r.Policy.String()
+	}
+	out.Ring, out.Breakglass = r.Ring, r.Breakglass
 	for _, a := range r.Artefacts {
 		out.Artefacts = append(out.Artefacts, artefactJSON{a.Name, a.Digest.String()})
 	}
@@ -171,6 +178,18 @@ func (v *verifiedRelease) write(w io.Writer) {
 	}
 	for _, g := range v.Gates {
 		fmt.Fprintf(w, "  gate         %s, passed at %s, says %s\n", g.Name, g.At.UTC().Format(time.RFC3339), g.Attester)
+	}
+	switch {
+	case v.Policy == "":
+		fmt.Fprintf(w, "  gates        none: the release was signed without a release policy\n")
+	case v.Breakglass != "":
+		fmt.Fprintf(w, "  BREAK-GLASS  signed past its gates: %s\n", v.Breakglass)
+		fallthrough
+	default:
+		fmt.Fprintf(w, "  policy       %s\n", v.Policy)
+	}
+	if v.Ring != "" {
+		fmt.Fprintf(w, "  ring         no further than %s\n", v.Ring)
 	}
 	fmt.Fprintf(w, "  catalogue    %d contents\n", v.Records)
 	c := v.Content

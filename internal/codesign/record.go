@@ -32,6 +32,14 @@ type ReleaseInfo struct {
 	Artefacts []Artefact // what the catalogue was made from
 	Gates     []Gate     // checks that passed before signing
 	NotAfter  time.Time  // use by; zero: no limit
+	// Policy is the release policy that the gates are of; zero: there was none,
+	// and nothing but the signer's word stands behind the release.
+	Policy integrity.Digest
+	Ring   string // the furthest ring that it may go to; empty: not limited
+	// Breakglass: why it was signed past its gates; empty: it was not. Its gates
+	// are then the approvals, NotAfter and Ring must be given, and only a
+	// break-glass certificate can sign it.
+	Breakglass string
 }
 
 // Artefact is a file that was built.
@@ -87,6 +95,10 @@ type wirePredicate struct {
 	Catalogue wireCatalogue  `json:"catalogue"`
 	Gates     []wireGate     `json:"gates"`
 	NotAfter  string         `json:"not_after,omitempty"`
+	// By which rules it was signed, and how far it may go.
+	Policy     *wireDigest     `json:"policy,omitempty"`
+	Ring       string          `json:"ring,omitempty"`
+	Breakglass *wireBreakglass `json:"breakglass,omitempty"`
 }
 
 type wireSource struct {
@@ -119,7 +131,7 @@ func SignRelease(s *pki.Signer, info ReleaseInfo, catalogue, names []byte) ([]by
 }
 
 func signRelease(s *pki.Signer, info ReleaseInfo, catalogue, names []byte) ([]byte, error) {
-	if s.Purpose != pki.PurposeBuild {
+	if s.Purpose != purposeOf(info.Breakglass) {
 		return nil, fmt.Errorf("with a %v certificate: %w", s.Purpose, errs.Invalid)
 	}
 	c, err := ParseCatalogue(catalogue)
@@ -132,6 +144,7 @@ func signRelease(s *pki.Signer, info ReleaseInfo, catalogue, names []byte) ([]by
 		Artefacts: []wireResource{}, Gates: []wireGate{},
 		Catalogue: wireCatalogue{Count: c.Len(), Size: len(catalogue), Classifier: c.Classifier(), Names: hex(sha256.Sum256(names))},
 	}
+	p.gating(&info)
 	for _, a := range info.Artefacts {
 		p.Artefacts = append(p.Artefacts, wireResource{Name: a.Name, Digest: hex(a.Digest)})
 	}
@@ -158,9 +171,20 @@ func signRelease(s *pki.Signer, info ReleaseInfo, catalogue, names []byte) ([]by
 
 // VerifyRelease checks a release record and the catalogue that it is about,
 // and returns both. A record that is well signed but says anything that this
-// version does not understand is refused.
+// version does not understand is refused, and so is a break-glass release.
 func VerifyRelease(bundle, catalogue []byte, roots pki.TrustRoots) (*Release, *Catalogue, error) {
-	v, err := pki.VerifyBundle(bundle, roots, pki.PurposeBuild)
+	return verifyRelease(bundle, catalogue, roots, pki.PurposeBuild)
+}
+
+// VerifyBreakglass is VerifyRelease for releases that were signed past their
+// gates, and for those only. It does not look at the clock: whether NotAfter
+// has passed is the caller's to ask.
+func VerifyBreakglass(bundle, catalogue []byte, roots pki.TrustRoots) (*Release, *Catalogue, error) {
+	return verifyRelease(bundle, catalogue, roots, pki.PurposeBreakglass)
+}
+
+func verifyRelease(bundle, catalogue []byte, roots pki.TrustRoots, purpose pki.Purpose) (*Release, *Catalogue, error) {
+	v, err := pki.VerifyBundle(bundle, roots, purpose)
 	if err != nil {
 		return nil, nil, fmt.Errorf("release record: %w", err)
 	}
@@ -174,6 +198,9 @@ func VerifyRelease(bundle, catalogue []byte, roots pki.TrustRoots) (*Release, *C
 	r, err := readStatement(v.Payload, c)
 	if err != nil {
 		return nil, nil, fmt.Errorf("release record: %w", err)
+	}
+	if purposeOf(r.Breakglass) != purpose {
+		return nil, nil, fmt.Errorf("release record: a %v certificate for a release that wants a %v one: %w", purpose, purposeOf(r.Breakglass), errs.Untrusted)
 	}
 	r.CA, r.Identity, r.SignedAt = v.CA, v.Identity, v.SignedAt
 	r.CertFingerprint, r.CAFingerprint, r.TSAFingerprint = v.Fingerprint, v.CAFingerprint, v.TSAFingerprint
@@ -225,7 +252,10 @@ func readStatement(payload []byte, c *Catalogue) (*Release, error) {
 			return nil, err
 		}
 	}
-	return r, readLists(p, r)
+	if err := readLists(p, r); err != nil {
+		return nil, err
+	}
+	return r, p.readGating(r)
 }
 
 func readLists(p *wirePredicate, r *Release) error {

@@ -207,8 +207,8 @@ func parseSubject(o object) (Subject, error) {
 		return s, fmt.Errorf("subject: an artefact and a revision are not one thing: %w", errs.Invalid)
 	case hash != "":
 		var err error
-		if s.SHA256, err = ParseDigest(hash); err != nil {
-			return s, fmt.Errorf("subject: %w", err)
+		if s.SHA256, err = ParseDigest(hash); err != nil || s.SHA256.IsZero() {
+			return s, fmt.Errorf("subject: sha256 %.80q: %w", hash, errs.Invalid)
 		}
 	case !isCommit(s.Commit):
 		return s, fmt.Errorf("subject: neither sha256 nor gitCommit in its digest: %w", errs.Invalid)
