@@ -137,11 +137,11 @@ func (id ID) Type() string {
 	case last < 0:
 		return ""
 	}
-	t := s[last+1]
+	t := []string{s[last+1]}
 	for i := last + 2; i < len(s); i += 2 {
-		t += "/" + s[i]
+		t = append(t, s[i])
 	}
-	return t
+	return strings.Join(t, "/")
 }
 
 // Parent is what the id stands below: the resource that holds it, its scope for
