@@ -1,6 +1,7 @@
 package csv
 
 import (
+	"fmt"
 	"iter"
 	"path"
 	"slices"
@@ -184,6 +185,7 @@ func (w *want) fits(name string) bool {
 // closure asks whether the hosts of a column have what the build needs, and
 // whether it may run there.
 func (q *questions) closure(s *seen) error {
+	defer q.unlisted()
 	for i := range q.j.wants.list {
 		w := &q.j.wants.list[i]
 		if w.name == "" {
@@ -241,7 +243,8 @@ func (q *questions) ask(w *want) error {
 	return nil
 }
 
-// may asks whether any of the contents that go by the name may run.
+// may asks whether any of the contents that go by the name may run. What may
+// not is collected: a cell whose packages nobody named would refuse them all.
 func (q *questions) may(w *want, digests []integrity.Digest) {
 	mode := q.col.modes[w.as]
 	if mode == integrity.ModeOff {
@@ -254,15 +257,48 @@ func (q *questions) may(w *want, digests []integrity.Digest) {
 			return
 		}
 	}
-	severity := Warn
+	r := refusedWants{id: w.id, severity: Warn, reason: last.Reason}
 	if mode == integrity.ModeEnforce {
-		severity = Block
+		r.severity = Block
 	}
-	what := "its interpreter "
-	if w.library {
-		what = "it needs "
+	i := slices.IndexFunc(q.refused, func(o refusedWants) bool {
+		return o.id == r.id && o.severity == r.severity && o.reason == r.reason
+	})
+	if i < 0 {
+		i = len(q.refused)
+		q.refused = append(q.refused, r)
 	}
-	q.miss(w, severity, what+w.written+" is not authorised there: "+last.Reason, "let the policy allow the package that brings it")
+	q.refused[i].wants = append(q.refused[i].wants, w)
+}
+
+// refusedWants are those that are refused for one reason.
+type refusedWants struct {
+	id       ID
+	severity Severity
+	reason   string
+	wants    []*want
+}
+
+// unlisted tells of what may not run, once for each reason.
+func (q *questions) unlisted() {
+	for _, r := range q.refused {
+		var names []string
+		for _, w := range r.wants {
+			names = append(names, w.written)
+		}
+		slices.Sort(names)
+		if n := len(names); n > 12 {
+			names = append(names[:11], fmt.Sprintf("and %d more", n-11))
+		}
+		what := "of the interpreters and loaders that it needs, these are not authorised there: "
+		if r.id == MissingLibrary {
+			what = "of the libraries that it needs, these are not authorised there: "
+		}
+		text := what + strings.Join(names, ", ") + " (" + r.reason + ")"
+		for _, w := range r.wants {
+			q.miss(w, r.severity, text, "let the policy allow the packages that bring them; if it does, give them as packages of the cell (--host-package)")
+		}
+	}
 }
 
 // miss notes a want for everyone who has it. What cannot start is a block; a

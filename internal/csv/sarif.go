@@ -279,13 +279,13 @@ func (r *Report) junitCase(n int) junitCase {
 			line += "\n    " + d.text(func(s string) string { return s })
 		}
 		bad[f.Severity] = append(bad[f.Severity], line)
-		if f.Severity == Block || f.Severity == Hold {
+		if (f.Severity == Block || f.Severity == Hold) && !slices.Contains(ids, string(f.ID)) {
 			ids = append(ids, string(f.ID))
 		}
 	}
 	switch {
 	case bad[Block] != nil:
-		k.Failure = &junitText{fmt.Sprintf("%d contents would be blocked: %s", c.Blocked, strings.Join(ids, ", ")), "block", strings.Join(append(bad[Block], bad[Hold]...), "\n")}
+		k.Failure = &junitText{"would block: " + strings.Join(ids, ", "), "block", strings.Join(append(bad[Block], bad[Hold]...), "\n")}
 	case bad[Hold] != nil:
 		k.Error = &junitText{"cannot be decided: " + strings.Join(ids, ", "), "hold", strings.Join(bad[Hold], "\n")}
 	}

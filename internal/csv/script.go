@@ -132,6 +132,9 @@ func scanScript(text []byte) []made {
 	var out []made
 	known := makers()
 	for _, words := range commands(text) {
+		if slices.ContainsFunc(words, func(w string) bool { return strings.Contains(w, "py_compile") || strings.Contains(w, "compileall") }) {
+			words = []string{"py3compile"}
+		}
 		i := slices.IndexFunc(known, func(m made) bool { return m.command == path.Base(words[0]) })
 		if i < 0 || known[i].what == "" || !makes(known[i], words) {
 			continue

@@ -253,7 +253,9 @@ func (j *judge) believe(col *column, p *integrity.Policy) *integrity.Origin {
 func utc(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // plain is an error in one line.
-func plain(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
+func plain(err error) string {
+	return strings.Join(strings.Fields(strings.ReplaceAll(err.Error(), "\n", "; ")), " ")
+}
 
 // column asks one policy about everything.
 func (j *judge) column(col *column) error {
@@ -322,6 +324,8 @@ type questions struct {
 	col    *column
 	c      *integrity.Compiled
 	origin *integrity.Origin
+
+	refused []refusedWants
 }
 
 // object is a content of the build as a host of this column sees it.
