@@ -1,10 +1,13 @@
 package artefact
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -18,13 +21,6 @@ import (
 // Format is how an artefact is packed.
 type Format string
 
-// The formats.
-const (
-	FormatDir Format = "directory"
-	FormatTar Format = "tar" // also compressed with gzip, xz, zstd or bzip2
-	FormatDeb Format = "deb"
-)
-
 // DefaultDepth is how many archives deep Walk looks into archives.
 const DefaultDepth = 8
 
@@ -34,6 +30,11 @@ type Options struct {
 	// Depth is how many archives deep Walk looks into archives; 0 means
 	// DefaultDepth, and -1 not at all. An archive below that is an error.
 	Depth int
+	// Unread, if set, is told of an archive within the artefact that cannot be
+	// read, and where it lies; the walk goes on unless it returns an error. It may
+	// have been read in part. If it is nil, such an archive ends the walk: what
+	// cannot be read is not passed over in silence.
+	Unread func(location string, err error) error
 	// Context ends a walk early; nil: never.
 	Context context.Context //nolint:containedctx // Walk is codesign.Source's and takes none
 	// Progress, if set, is told now and then how far reading is.
@@ -67,9 +68,11 @@ type Artefact struct {
 	path    string
 	file    *os.File // nil for a directory
 	opened  fileState
+	mode    fs.FileMode
 	pkg     Package
 	read    Progress
 	told    time.Time
+	ticks   uint
 }
 
 // fileState tells whether a file was written to. The change time cannot be set
@@ -106,6 +109,7 @@ func open(path string, o Options) (*Artefact, error) {
 	if !st.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is neither a file nor a directory: %w", path, errs.Invalid)
 	}
+	a.mode = st.Mode()
 	if a.file, err = os.Open(path); err != nil {
 		return nil, err
 	}
@@ -130,24 +134,49 @@ func (a *Artefact) measure() error {
 		return err
 	}
 	h := sha256.New()
-	if _, err := io.CopyBuffer(h, struct{ io.Reader }{a.reader(a.whole())}, make([]byte, 256<<10)); err != nil {
+	if _, err := io.CopyBuffer(h, &topReader{a: a, r: a.whole(), top: true}, make([]byte, 256<<10)); err != nil {
 		return fmt.Errorf("read %s: %w", a.path, err)
 	}
 	a.Digest = integrity.Digest(h.Sum(nil))
-	head := make([]byte, codesign.HeadSize)
-	n, err := a.file.ReadAt(head, 0)
-	if err != nil && n == 0 {
-		return fmt.Errorf("%s is empty: %w", a.path, errs.Invalid)
-	}
-	a.Format = formatOf(head[:n])
-	return nil
+	a.Format, err = formatOf(a.Name, a.whole())
+	return err
 }
 
-func formatOf(head []byte) Format {
-	if string(head[:min(8, len(head))]) == "!<arch>\n" {
-		return FormatDeb
+// formatOf tells what a whole file is.
+func formatOf(name string, src *io.SectionReader) (Format, error) {
+	head := make([]byte, codesign.HeadSize)
+	n, err := src.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", err
 	}
-	return FormatTar
+	f, err := sniff(head[:n])
+	if err == nil && f != formatNone {
+		f, err = sniffDeep(f, src)
+	}
+	if err == nil && f == formatNone {
+		f, err = formatOfRest(name, head[:n], src)
+	}
+	return f, err
+}
+
+// formatOfRest is for what has no sign of a container at its beginning.
+func formatOfRest(name string, head []byte, src io.ReaderAt) (Format, error) {
+	var b [8]byte
+	for _, f := range []struct {
+		at          int64
+		magic, name string
+	}{{0x8001, "CD001", "an ISO 9660 image"}, {0x10040, "_BHRfS_M", "a btrfs image"}} {
+		if n, _ := src.ReadAt(b[:], f.at); n >= len(f.magic) && string(b[:len(f.magic)]) == f.magic {
+			return "", fmt.Errorf("%s is not read here; mount it read-only and give the directory: %w", f.name, errs.Unsupported)
+		}
+	}
+	if codesign.Classify(name, 0o644, head).Kinds != 0 {
+		return FormatFile, nil
+	}
+	if len(head) >= tarBlock && len(bytes.Trim(head, "\x00")) == 0 {
+		return FormatTar, nil // of nothing
+	}
+	return "", fmt.Errorf("%s is neither a package, an archive, an image nor a program: %w", name, errs.Invalid)
 }
 
 func (a *Artefact) state() (fileState, error) {
@@ -162,7 +191,7 @@ func (a *Artefact) state() (fileState, error) {
 	return s, nil
 }
 
-func (a *Artefact) whole() io.Reader { return io.NewSectionReader(a.file, 0, a.opened.size) }
+func (a *Artefact) whole() *io.SectionReader { return io.NewSectionReader(a.file, 0, a.opened.size) }
 
 // Package is what a package says of itself, once it has been walked. False for
 // anything that is no package.
@@ -180,16 +209,11 @@ func (a *Artefact) Close() error {
 // end of the walk is errs.Conflict, so that Digest and members belong together.
 func (a *Artefact) Walk(visit func(codesign.Member, io.Reader) error) error {
 	a.read = Progress{}
-	err := a.walk(func(m codesign.Member, r io.Reader) error {
-		a.read.Members++
-		if r == nil {
-			return visit(m, nil)
-		}
-		if a.file == nil {
-			r = a.reader(r)
-		}
-		return visit(m, r)
-	})
+	w := &walk{a: a, visit: visit, state: &walkState{}}
+	err := a.walk(w)
+	if w.state.fatal != nil {
+		err = w.state.fatal
+	}
 	if err != nil || a.file == nil {
 		return err
 	}
@@ -203,41 +227,13 @@ func (a *Artefact) Walk(visit func(codesign.Member, io.Reader) error) error {
 	return nil
 }
 
-func (a *Artefact) walk(visit func(codesign.Member, io.Reader) error) error {
+func (a *Artefact) walk(w *walk) error {
 	switch a.Format {
 	case FormatDir:
-		return codesign.DirSource(os.DirFS(a.path)).Walk(visit)
-	case FormatDeb:
-		d := codesign.DebSource(a.reader(a.whole()))
-		if err := d.Walk(visit); err != nil {
-			return err
-		}
-		a.pkg = Package{Name: d.Control.Package, Version: d.Control.Version, Architecture: d.Control.Architecture}
-		return nil
+		return readDir(a.path, w.member)
+	case FormatFile, FormatUKI: // the file itself, and then what is in it
+		m := codesign.Member{Path: a.Name, Mode: a.mode, Size: a.opened.size}
+		return w.member(m, a.file)
 	}
-	return codesign.TarSource(a.reader(a.whole())).Walk(visit)
-}
-
-// reader counts, tells how far it is, and ends with the context.
-func (a *Artefact) reader(r io.Reader) io.Reader { return &watchedReader{a, r} }
-
-type watchedReader struct {
-	a *Artefact
-	r io.Reader
-}
-
-func (w *watchedReader) Read(p []byte) (int, error) {
-	a := w.a
-	if c := a.options.Context; c != nil && c.Err() != nil {
-		return 0, c.Err()
-	}
-	n, err := w.r.Read(p)
-	a.read.Bytes += int64(n)
-	if a.options.Progress != nil {
-		if now := time.Now(); now.Sub(a.told) >= progressEvery {
-			a.told = now
-			a.options.Progress(a.read)
-		}
-	}
-	return n, err
+	return w.read(a.Format, a.whole())
 }
