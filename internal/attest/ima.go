@@ -2,7 +2,6 @@ package attest
 
 import (
 	"bytes"
-	"crypto/sha1" //nolint:gosec // the kernel's list names its entries by SHA-1; no trust is put into it
 	"encoding/binary"
 	"hash"
 	"slices"
@@ -68,7 +67,7 @@ func ReplayIMA(list []byte, digestSize int, from IMAState, bank Alg, quoted []by
 	if len(list) > MaxIMA {
 		return from, 0, tooLarge("IMA list of %d bytes (at most %d)", len(list), MaxIMA)
 	}
-	w := imaWalk{cursor: littleEndian(list), bank: bank, digestSize: digestSize, hash: bank.new(), sha1: sha1.New()} //nolint:gosec // see above
+	w := imaWalk{cursor: littleEndian(list), bank: bank, digestSize: digestSize, hash: bank.new()}
 	pcr, entries := slices.Clone(from.PCR), from.Entries
 	if entries == 0 && len(pcr) == 0 {
 		pcr = make([]byte, bank.Size())
@@ -117,10 +116,10 @@ type imaWalk struct {
 	cursor
 	bank       Alg
 	digestSize int
-	hash, sha1 hash.Hash
-	extended   []byte // what the TPM was extended with
+	hash       hash.Hash
+	entry      IMAEntry
 	recorded   []byte
-	check      []byte
+	extended   []byte // what the TPM was extended with
 	padded     [SHA1Size + imaNameLen + 1]byte
 }
 
@@ -143,19 +142,9 @@ func (w *imaWalk) next(index int) (*IMAEntry, error) {
 	w.hash.Reset()
 	w.hash.Write(e.data)
 	w.extended = w.hash.Sum(w.extended[:0])
-	// The recorded digest proves nothing, but one that differs is a list that
-	// no kernel wrote.
-	switch w.digestSize {
-	case w.bank.Size():
-		w.check = append(w.check[:0], w.extended...)
-	case SHA1Size:
-		w.sha1.Reset()
-		w.sha1.Write(e.data)
-		w.check = w.sha1.Sum(w.check[:0])
-	default:
-		return e, nil
-	}
-	if !bytes.Equal(w.check, w.recorded) {
+	// What the classic list records is SHA-1 and proves nothing: it is not even
+	// compared.
+	if w.digestSize == w.bank.Size() && !bytes.Equal(w.extended, w.recorded) {
 		return nil, malformed("IMA entry %d: its digest is not the one of its data", index)
 	}
 	return e, nil
@@ -173,7 +162,8 @@ func (w *imaWalk) read(index int) (*IMAEntry, error) {
 	if pcr != pcrIMA {
 		return nil, malformed("IMA entry %d: PCR %d", index, pcr)
 	}
-	e := &IMAEntry{Index: index, Violation: allZero(w.recorded), Template: string(w.bytes(uint64(nameLen)))}
+	w.entry = IMAEntry{Index: index, Violation: allZero(w.recorded), Template: intern(w.bytes(uint64(nameLen)))}
+	e := &w.entry
 	if e.Template == templateIMA {
 		// digest, length of the name, name; the digest is over the name
 		// padded to 256 bytes, without the length
@@ -247,7 +237,7 @@ func (e *IMAEntry) fields() error {
 // "verity:sha256:").
 func (e *IMAEntry) digestField(f []byte) error {
 	head, digest, found := bytes.Cut(f, []byte{0})
-	name, ok := strings.CutSuffix(string(head), ":")
+	name, ok := strings.CutSuffix(intern(head), ":")
 	if !found || !ok || len(name) > maxIMAFieldName {
 		return malformed("IMA entry %d: no algorithm before the digest", e.Index)
 	}
@@ -278,6 +268,16 @@ func imaFields(template string) int {
 		return 9
 	}
 	return 0
+}
+
+// intern spares a copy for every entry of the usual names.
+func intern(b []byte) string {
+	for _, s := range [...]string{"ima-ng", "ima-sig", "sha256:"} {
+		if string(b) == s {
+			return s
+		}
+	}
+	return string(b)
 }
 
 // checkBootAggregate compares the first entry of a list with the PCRs: the

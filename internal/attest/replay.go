@@ -3,6 +3,7 @@ package attest
 import (
 	"bytes"
 	"slices"
+	"strings"
 	"unicode/utf16"
 )
 
@@ -141,7 +142,8 @@ func (b *Boot) addPhases(now *Bank) {
 //   - a variable's content without its name: EV_EFI_VARIABLE_BOOT;
 //   - a text without its final NUL: GRUB, systemd-boot, older action events;
 //   - the same behind GRUB's label ("grub_cmd: ", "kernel_cmdline: ", ...): the
-//     label itself is then not covered.
+//     label itself is then not covered;
+//   - a section's name in ASCII with its NUL, logged in UTF-16: systemd-stub.
 func measured(a Alg, t EventType, digest, data []byte) []byte {
 	is := func(b []byte) bool { return bytes.Equal(a.sum(b), digest) }
 	if is(data) {
@@ -158,8 +160,15 @@ func measured(a Alg, t EventType, digest, data []byte) []byte {
 		if is(text) {
 			return text
 		}
-		if _, rest, found := bytes.Cut(text, []byte(": ")); found && is(rest) {
-			return rest
+		for _, label := range []string{": ", " "} {
+			if _, rest, found := bytes.Cut(text, []byte(label)); found && is(rest) {
+				return rest
+			}
+		}
+		if wide, ok := decodeUTF16(data); ok {
+			if name := append([]byte(strings.TrimRight(wide, "\x00")), 0); is(name) {
+				return name
+			}
 		}
 	}
 	return nil
