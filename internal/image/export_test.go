@@ -1,0 +1,4 @@
+package image
+
+// Describe reads what Open reads, from memory.
+var Describe = describe
