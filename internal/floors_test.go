@@ -109,6 +109,7 @@ var outside = map[string][]string{
 	"strictyaml":       {"go.yaml.in/yaml/v3"},
 	"integrity":        {"go.yaml.in/yaml/v3"},
 	"gate":             {"go.yaml.in/yaml/v3"},
+	"signer":           {"go.yaml.in/yaml/v3"},
 	"codesign":         {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
 	"codesign/archive": {"github.com/ProtonMail/go-crypto"},
 	"kernelsig":        {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
@@ -118,7 +119,7 @@ var outside = map[string][]string{
 		"golang.org/x/sys", "github.com/google/go-tpm",
 		"github.com/klauspost/compress", "github.com/ulikunitz/xz", // apt keeps its lists compressed
 	},
-	"agent":    {"golang.org/x/sys"},
+	"agent": {"golang.org/x/sys"},
 	"artefact": {
 		"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/pierrec/lz4/v4",
 		"golang.org/x/sys", // extended attributes

@@ -45,6 +45,7 @@ const (
 	CodeWrongBuilder      Code = "wrong-builder"      // fail
 	CodeWrongSource       Code = "wrong-source"       // fail
 	CodeNotVerified       Code = "not-verified"       // hold
+	CodeVerdictAgainst    Code = "verdict-against"    // fail
 	CodeSurfaceUnreviewed Code = "surface-unreviewed" // hold
 	CodeFieldMissing      Code = "field-missing"      // hold
 	CodeFieldDiffers      Code = "field-differs"      // fail

@@ -109,6 +109,7 @@ func TestEvaluate_one(t *testing.T) {
 		},
 		"builder claims another": {request: func(r *gate.Request) { r.Revision = another }, gate: "revision", state: gate.Fail, code: gate.CodeRevisionConflict},
 		"csv did not pass":       {replace: map[string]string{"verification": strings.Replace(goodCSV, "CSV_PASS", "CSV_RAN", 1)}, gate: "csv", state: gate.Hold, code: gate.CodeNotVerified},
+		"csv says block":         {replace: map[string]string{"verification": strings.Replace(goodCSV, `"properties"`, `"outcome":"block","properties"`, 1)}, gate: "csv", state: gate.Fail, code: gate.CodeVerdictAgainst},
 		"csv by its own age":     {replace: map[string]string{"verification": strings.Replace(goodCSV, "2031-05-01T11", "2031-04-01T11", 1)}, gate: "csv", state: gate.Hold, code: gate.CodeStale},
 		"surface not accepted":   {replace: map[string]string{"surface": strings.Replace(goodSurface, `{"item":"listens tcp/8443"`, `{"item":"x"`, 1)}, gate: "surface", state: gate.Hold, code: gate.CodeSurfaceUnreviewed},
 		"custom differs":         {replace: map[string]string{"custom": `{"summary":{"result":"fail"}}`}, gate: "licences", state: gate.Fail, code: gate.CodeFieldDiffers},

@@ -31,6 +31,10 @@ func (e *evaluation) failed(g *Gate, v candidate) (Result, bool) {
 		return e.vulnerable(g, p)
 	case *Provenance:
 		return e.provenance(g, p)
+	case *Verification:
+		if p.Outcome == "block" {
+			return e.fail(g, CodeVerdictAgainst, "the verdict of "+v.Identity+" is that it would be blocked", "see its report for what and why")
+		}
 	case *Custom:
 		for _, k := range slices.Sorted(maps.Keys(g.Require)) {
 			if got, ok := p.Field(k); ok && got != g.Require[k] {

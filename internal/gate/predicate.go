@@ -182,6 +182,7 @@ type Verification struct {
 	Verifier   string
 	At         time.Time
 	Properties []string
+	Outcome    string // ours (CSV): "block" is against the release; others leave it out
 }
 
 // Surface is what a build adds to the attack surface.
@@ -495,7 +496,7 @@ func parseProvenance(o object) (*Provenance, error) {
 }
 
 func parseVerification(o object) (*Verification, error) {
-	v := &Verification{Verifier: o.object("verifier").text("id")}
+	v := &Verification{Verifier: o.object("verifier").text("id"), Outcome: o.text("outcome")}
 	if !readable(v.Verifier, 1, maxName) {
 		return nil, invalid("verifier.id is missing")
 	}
