@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
+
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
@@ -30,6 +32,11 @@ type Options struct {
 	// Depth is how many archives deep Walk looks into archives; 0 means
 	// DefaultDepth, and -1 not at all. An archive below that is an error.
 	Depth int
+	// Platform picks from an OCI index: "linux/arm64/v8". Empty: all platforms.
+	Platform string
+	// Layers makes a walk over an image visit each layer for itself, also what
+	// upper layers hide, instead of the file system that a container sees.
+	Layers bool
 	// Unread, if set, is told of an archive within the artefact that cannot be
 	// read, and where it lies; the walk goes on unless it returns an error. It may
 	// have been read in part. If it is nil, such an archive ends the walk: what
@@ -44,7 +51,7 @@ type Options struct {
 // Progress is how far a walk is.
 type Progress struct {
 	Members int
-	Bytes   int64 // read from the artefact
+	Bytes   int64 // hashed by Open; of the members that Walk has come to
 }
 
 // progressEvery is how often Progress is called.
@@ -61,12 +68,15 @@ type Artefact struct {
 	Format Format
 	// Name is the last part of the path, for records and people.
 	Name string
-	// Digest is the SHA-256 of the file. It is zero for a directory.
+	// Digest is the SHA-256 of the file. It is zero for a directory, and that of
+	// the manifest or index for an OCI image.
 	Digest integrity.Digest
 
 	options Options
 	path    string
 	file    *os.File // nil for a directory
+	image   *ociReader
+	done    func() // removes or closes what image reads; nil: nothing
 	opened  fileState
 	mode    fs.FileMode
 	pkg     Package
@@ -83,7 +93,8 @@ type fileState struct {
 }
 
 // Open tells an artefact's format by its content and opens it. The path is that
-// of a file or a directory. A format that this package does not read is
+// of a file or a directory, or the name of an image in a registry with registry
+// and tag or digest ("registry.example/edged:4.7.0"), which is pulled. A format that this package does not read is
 // errs.Unsupported, with the way out in the text.
 func Open(path string, o Options) (*Artefact, error) {
 	a, err := open(path, o)
@@ -99,12 +110,18 @@ func open(path string, o Options) (*Artefact, error) {
 	}
 	a := &Artefact{path: path, Name: nameOf(path), options: o, told: time.Now()}
 	st, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if ref, ok := parseReference(path); ok {
+			a.Name = ref.Context().RepositoryStr()
+			return a, a.pull(ref)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
 	if st.IsDir() {
 		a.Format = FormatDir
-		return a, nil
+		return a, a.openLayout(path)
 	}
 	if !st.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is neither a file nor a directory: %w", path, errs.Invalid)
@@ -118,6 +135,40 @@ func open(path string, o Options) (*Artefact, error) {
 		return nil, err
 	}
 	return a, nil
+}
+
+// openLayout opens a directory as an image if it is one.
+func (a *Artefact) openLayout(dir string) error {
+	for _, f := range []string{"oci-layout", "index.json"} {
+		if _, err := os.Lstat(filepath.Join(dir, f)); err != nil {
+			return nil //nolint:nilerr // a directory like any other
+		}
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	a.Format = FormatOCI
+	if a.image, a.Digest, err = readOCI(ociDir{root}, a.options.Platform); err != nil {
+		_ = root.Close()
+		return err
+	}
+	a.done = func() { _ = root.Close() }
+	return nil
+}
+
+func (a *Artefact) pull(ref name.Reference) error {
+	dir, done, err := pull(a.options, ref)
+	if err != nil {
+		return err
+	}
+	if err := a.openLayout(dir); err != nil {
+		done()
+		return err
+	}
+	closeRoot := a.done
+	a.done = func() { closeRoot(); done() }
+	return nil
 }
 
 func nameOf(path string) string {
@@ -134,11 +185,23 @@ func (a *Artefact) measure() error {
 		return err
 	}
 	h := sha256.New()
-	if _, err := io.CopyBuffer(h, &topReader{a: a, r: a.whole(), top: true}, make([]byte, 256<<10)); err != nil {
+	if _, err := io.CopyBuffer(h, &topReader{a: a, r: a.whole(), count: true}, make([]byte, 256<<10)); err != nil {
 		return fmt.Errorf("read %s: %w", a.path, err)
 	}
 	a.Digest = integrity.Digest(h.Sum(nil))
-	a.Format, err = formatOf(a.Name, a.whole())
+	if a.Format, err = formatOf(a.Name, a.whole()); err != nil || a.Format != FormatTar {
+		return err
+	}
+	store, err := indexTar(a.whole())
+	if err != nil || store == nil {
+		return err
+	}
+	a.Format = FormatOCI
+	image, digest, err := readOCI(store, a.options.Platform)
+	if !digest.IsZero() {
+		a.Digest = digest
+	}
+	a.image = image
 	return err
 }
 
@@ -199,6 +262,9 @@ func (a *Artefact) Package() (Package, bool) { return a.pkg, a.pkg.Name != "" }
 
 // Close releases the file. Walk must not be called any more.
 func (a *Artefact) Close() error {
+	if a.done != nil {
+		a.done()
+	}
 	if a.file == nil {
 		return nil
 	}
@@ -231,6 +297,8 @@ func (a *Artefact) walk(w *walk) error {
 	switch a.Format {
 	case FormatDir:
 		return readDir(a.path, w.member)
+	case FormatOCI:
+		return a.image.walk(a.options.Layers, w.member)
 	case FormatFile, FormatUKI: // the file itself, and then what is in it
 		m := codesign.Member{Path: a.Name, Mode: a.mode, Size: a.opened.size}
 		return w.member(m, a.file)

@@ -520,4 +520,3 @@ func (s *squashfs) fragmentBlock(n uint32) ([]byte, error) {
 	s.fragment, s.fragmentAt = b, int64(n)
 	return b, nil
 }
-

@@ -58,7 +58,7 @@ func (w *walk) below(place string) *walk {
 func (w *walk) read(f Format, src *io.SectionReader) error {
 	whole := func() io.Reader {
 		_, _ = src.Seek(0, io.SeekStart) // cannot fail
-		return &topReader{a: w.a, r: src, top: w.depth == 0}
+		return &topReader{a: w.a, r: src}
 	}
 	switch f {
 	case FormatTar:
@@ -145,6 +145,7 @@ func (w *walk) count(m *codesign.Member) error {
 	s.out += m.Size
 	if w.depth == 0 {
 		s.top += m.Size
+		w.a.read.Bytes += m.Size
 	}
 	in := s.top
 	if w.a.file != nil {
@@ -241,17 +242,17 @@ func (m *memberReader) Read(p []byte) (int, error) {
 	return m.r.Read(p)
 }
 
-// topReader reads an archive from its beginning to its end.
+// topReader reads an archive, or a whole file, from its beginning to its end.
 type topReader struct {
-	a   *Artefact
-	r   io.Reader
-	top bool
+	a     *Artefact
+	r     io.Reader
+	count bool // what it reads is progress
 }
 
 func (t *topReader) Read(p []byte) (int, error) {
 	n, err := t.r.Read(p)
 	read := 0
-	if t.top {
+	if t.count {
 		read = n
 	}
 	if ended := t.a.tick(read); ended != nil {

@@ -51,18 +51,18 @@ func Classify(name string, mode fs.FileMode, head []byte) Class {
 type sniffed uint8
 
 const (
-	isOther    sniffed = iota
-	isProgram          // ELF that cannot be a library: ET_EXEC
-	isPIE              // ELF ET_DYN with an interpreter: a program (libc.so.6 is one too)
-	isShared           // ELF ET_DYN without: a library, ld.so or a static PIE
-	isObject           // ELF ET_REL
-	isElf              // ELF of another type, or cut short
-	isShebang          // #!
-	isWasm             // WebAssembly
-	isBytecode         // Java class, .NET assembly
-	isBoot             // a kernel, or an image that firmware starts
-	isInitramfs        // a cpio archive
-	isPycOwn           // Python's byte code that stands for its source by time (PEP 552)
+	isOther     sniffed = iota
+	isProgram           // ELF that cannot be a library: ET_EXEC
+	isPIE               // ELF ET_DYN with an interpreter: a program (libc.so.6 is one too)
+	isShared            // ELF ET_DYN without: a library, ld.so or a static PIE
+	isObject            // ELF ET_REL
+	isElf               // ELF of another type, or cut short
+	isShebang           // #!
+	isWasm              // WebAssembly
+	isBytecode          // Java class, .NET assembly
+	isBoot              // a kernel, or an image that firmware starts
+	isInitramfs         // a cpio archive
+	isPycOwn            // Python's byte code that stands for its source by time (PEP 552)
 )
 
 func sniff(head []byte) sniffed {

@@ -87,8 +87,13 @@ func (d dirSource) Walk(visit func(Member, io.Reader) error) error {
 // bzip2.
 func TarSource(r io.Reader) Source { return &tarSource{r: r} }
 
+// LayerSource is TarSource for a layer of an image: directories are members too,
+// since one may take the place of what a lower layer has.
+func LayerSource(r io.Reader) Source { return &tarSource{r: r, dirs: true} }
+
 type tarSource struct {
 	r       io.Reader
+	dirs    bool
 	prefix  string // put before every path
 	origin  string
 	members int
@@ -133,6 +138,11 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 		m, skip, err := s.member(h)
 		if err != nil {
 			return err
+		}
+		if m.Mode.IsDir() && s.dirs && m.Path != "." {
+			if err := visit(m, nil); err != nil {
+				return err
+			}
 		}
 		if skip {
 			continue
