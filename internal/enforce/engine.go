@@ -65,7 +65,11 @@ type Engine struct {
 // It fails closed: an error means that nothing was attached by this call. It
 // wraps errs.Unsupported if the kernel lacks something, see Support.
 func Open(opts Options) (*Engine, error) {
-	if err := Support().Err(); err != nil {
+	pins := opts.PinDir
+	if pins == "" {
+		pins = DefaultPinDir
+	}
+	if err := support(pins).Err(); err != nil {
 		return nil, err
 	}
 	if err := rlimit.RemoveMemlock(); err != nil {

@@ -407,6 +407,23 @@ func TestStatusAndCanary(t *testing.T) {
 	expect(StateUnproven)
 }
 
+func TestSupport_whileEnforcing(t *testing.T) {
+	l := newLab(t)
+	if err := l.role("support"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestImaHash(t *testing.T) {
+	for cmdline, want := range map[string]int{
+		"": 0, "quiet ima_hash=sha256": 0, "ima_hash=sha512 quiet\n": 1, "ima_hash=sha1 ima_hash=sha256": 0, "ima_hash=": 1, "x_ima_hash=md5": 0,
+	} {
+		if got := imaHash(cmdline); len(got) != want {
+			t.Errorf("%q: %v, want %d", cmdline, got, want)
+		}
+	}
+}
+
 func TestOpen_unsupported(t *testing.T) {
 	if Support().Err() == nil {
 		t.Skip("this kernel can enforce")

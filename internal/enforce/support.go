@@ -14,9 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
 )
 
-// Problem is something that this kernel lacks.
+// Problem is something that this kernel lacks, or that is in the way.
 type Problem struct {
 	What string `json:"what"`
 	Why  string `json:"why"`
@@ -36,12 +37,16 @@ func (p Problems) Err() error {
 	for _, x := range p {
 		fmt.Fprintf(&b, "\n  %s: %s\n    fix: %s", x.What, x.Why, x.Fix)
 	}
-	return fmt.Errorf("this kernel cannot enforce:%s\n%w", b.String(), errs.Unsupported)
+	return fmt.Errorf("enforcement cannot start here:%s\n%w", b.String(), errs.Unsupported)
 }
 
 // Support probes the running kernel. It fails closed: what cannot be probed
-// counts as missing.
-func Support() Problems {
+// counts as missing. Where Ringwall refuses the probe itself, it says so and
+// does not blame the kernel.
+func Support() Problems { return support(DefaultPinDir) }
+
+// support is Support where an engine may be pinned in another directory.
+func support(pins string) Problems {
 	var out Problems
 	if os.Geteuid() != 0 {
 		return Problems{{"privileges", "loading LSM programs needs root", "run as root"}}
@@ -63,12 +68,12 @@ func Support() Problems {
 	if b, err := os.ReadFile("/proc/sys/kernel/ftrace_enabled"); err == nil && strings.TrimSpace(string(b)) == "0" {
 		out = append(out, Problem{"ftrace", "kernel.ftrace_enabled=0 switches BPF LSM programs off", "sysctl kernel.ftrace_enabled=1"})
 	}
-	return append(out, tryLoad()...)
+	return append(out, tryLoad(pins)...)
 }
 
 // tryLoad loads, but does not attach, the smallest LSM program that calls the
 // helper that everything rests on.
-func tryLoad() Problems {
+func tryLoad(pins string) Problems {
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.LSM, AttachType: ebpf.AttachLSMMac, AttachTo: "bprm_check_security", License: "Dual BSD/GPL",
 		Flags: unix.BPF_F_SLEEPABLE,
@@ -84,6 +89,12 @@ func tryLoad() Problems {
 		return imaHelper()
 	}
 	if errors.Is(err, unix.EPERM) {
+		if s, err := Inspect(pins); err == nil && s.Modes[integrity.KindBPF] == integrity.ModeEnforce {
+			return Problems{{
+				"Ringwall", "it enforces on this host already, and its policy lets no other program load kernel programs",
+				"ask its agent: ringwall status",
+			}}
+		}
 		return Problems{{
 			"BPF LSM load", "the kernel answers EPERM to every LSM program",
 			"use a stock distribution kernel (Debian 12 or newer); some hosted kernels forbid this program type",
@@ -99,6 +110,25 @@ func imaHelper() Problems {
 			"IMA", "no in-kernel file digest (bpf_ima_file_hash needs CONFIG_IMA=y)",
 			"use a kernel with CONFIG_IMA=y; no IMA policy is needed",
 		}}
+	}
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return Problems{{"IMA", "cannot read /proc/cmdline: " + err.Error(), "mount -t proc proc /proc"}}
+	}
+	return imaHash(string(cmdline))
+}
+
+// imaHash looks for a boot parameter that makes the kernel digest with another
+// algorithm: then no file has an identity. The last one counts.
+func imaHash(cmdline string) Problems {
+	hash := "sha256"
+	for word := range strings.FieldsSeq(cmdline) {
+		if h, ok := strings.CutPrefix(word, "ima_hash="); ok {
+			hash = h
+		}
+	}
+	if hash != "sha256" {
+		return Problems{{"ima_hash", "the kernel was told to digest files with " + hash, "remove ima_hash=" + hash + " from the kernel's command line"}}
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package enforce
 
 import (
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf/btf"
@@ -53,6 +54,9 @@ func Uncovered() []Problem {
 	}
 	if overlayShape() == 0 {
 		out = append(out, Problem{"overlayfs", "it is not known where this kernel keeps the real file of an overlay: nothing on an overlay has an identity, so nothing there runs", "load the overlay module before the agent starts"})
+	}
+	if b, err := os.ReadFile("/sys/kernel/security/ima/runtime_measurements_count"); err != nil || !slices.Contains([]string{"0", "1"}, strings.TrimSpace(string(b))) {
+		out = append(out, Problem{"overlayfs under an IMA policy", "IMA may answer with the digest from before a layer's file was changed", "boot without ima_policy=, or run no code from overlays"})
 	}
 	if b, err := os.ReadFile("/proc/cmdline"); err != nil || !strings.Contains(string(b), "proc_mem.force_override=never") {
 		out = append(out, Problem{"writes through /proc/PID/mem by debuggers", "a program with the debug role can write to code pages through /proc/PID/mem", "boot with proc_mem.force_override=never (Linux 6.12)"})

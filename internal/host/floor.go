@@ -99,7 +99,8 @@ func initFloor(dir, tpm string, ownerAuth []byte) (_ *fileFloor, err error) {
 	_, _ = rand.Read(key) // never fails, see crypto/rand
 	f, st := &fileFloor{dir: dir}, floorState{Version: 1, Kind: floorLocal}
 	if tpm == "" {
-		if tpm = NoTPM; exists(os.DirFS("/"), DefaultTPM[1:]) != No {
+		tpm = NoTPM
+		if _, err := os.Stat(DefaultTPM); !os.IsNotExist(err) {
 			tpm = DefaultTPM
 		}
 	}
