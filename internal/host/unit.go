@@ -20,6 +20,8 @@ import (
 var (
 	//go:embed boot/ringwall-agent.service
 	unitText string
+	//go:embed boot/run-ringwall-bpf.conf
+	mountText string
 	//go:embed boot/initramfs-hook
 	hookText string
 	//go:embed boot/initramfs-early
@@ -30,8 +32,10 @@ var (
 
 const (
 	unitPath = "etc/systemd/system/ringwall-agent.service"
-	wantPath = "etc/systemd/system/sysinit.target.wants/ringwall-agent.service"
-	wantLink = "../ringwall-agent.service"
+	// of the mount that the agent makes, see enforce.DefaultPinDir
+	mountPath = "etc/systemd/system/run-ringwall-bpf.mount.d/ringwall.conf"
+	wantPath  = "etc/systemd/system/sysinit.target.wants/ringwall-agent.service"
+	wantLink  = "../ringwall-agent.service"
 
 	maxBootFile = 256 << 10
 )
@@ -57,6 +61,7 @@ func bootFiles() []bootFile {
 	const initramfs = "update-initramfs -u -k all"
 	return []bootFile{
 		{unitPath, unitText, "#", "", 0o644, "systemctl daemon-reload"},
+		{mountPath, mountText, "#", "", 0o644, "systemctl daemon-reload"},
 		{"etc/initramfs-tools/hooks/ringwall", hookText, "#", "etc/initramfs-tools", 0o755, initramfs},
 		{"etc/initramfs-tools/scripts/init-bottom/ringwall", earlyText, "#", "etc/initramfs-tools", 0o755, initramfs},
 		{"etc/apt/apt.conf.d/05ringwall", aptText, "//", "etc/apt", 0o644, ""},

@@ -39,7 +39,7 @@ func TestInstallBoot(t *testing.T) {
 	root := bootRoot(t)
 	before := allFiles(t, root)
 	r, err := InstallBoot(root)
-	if err != nil || len(r.Changed) != 5 || !slices.Equal(r.Next, []string{"systemctl daemon-reload", "update-initramfs -u -k all"}) || len(r.Skipped) != 0 {
+	if err != nil || len(r.Changed) != 6 || !slices.Equal(r.Next, []string{"systemctl daemon-reload", "update-initramfs -u -k all"}) || len(r.Skipped) != 0 {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	if b, err := os.ReadFile(filepath.Join(root, wantPath)); err != nil || !strings.HasPrefix(string(b), unitText) {
@@ -50,7 +50,7 @@ func TestInstallBoot(t *testing.T) {
 			t.Errorf("%s: %v", f.path, err)
 		}
 	}
-	if r, err := InstallBoot(root); err != nil || len(r.Changed) != 0 || len(r.Unchanged) != 5 || len(r.Next) != 0 {
+	if r, err := InstallBoot(root); err != nil || len(r.Changed) != 0 || len(r.Unchanged) != 6 || len(r.Next) != 0 {
 		t.Errorf("second run: %+v, %v", r, err)
 	}
 	// An older version's text is replaced, a person's is not.
@@ -68,7 +68,7 @@ func TestInstallBoot(t *testing.T) {
 		t.Errorf("an edited unit: %v", err)
 	}
 	r, err = RemoveBoot(root)
-	if err != nil || len(r.Changed) != 4 || len(r.Skipped) != 1 {
+	if err != nil || len(r.Changed) != 5 || len(r.Skipped) != 1 {
 		t.Errorf("remove: %+v, %v", r, err)
 	}
 	want := append(slices.Clone(before), "/"+unitPath)
@@ -80,10 +80,10 @@ func TestInstallBoot(t *testing.T) {
 
 func TestInstallBootElsewhere(t *testing.T) {
 	root := t.TempDir()
-	if r, err := InstallBoot(root); err != nil || len(r.Changed) != 2 || len(r.Skipped) != 3 {
+	if r, err := InstallBoot(root); err != nil || len(r.Changed) != 3 || len(r.Skipped) != 3 {
 		t.Errorf("without initramfs-tools and apt: %+v, %v", r, err)
 	}
-	if r, err := RemoveBoot(root); err != nil || len(r.Changed) != 2 || len(allFiles(t, root)) != 0 {
+	if r, err := RemoveBoot(root); err != nil || len(r.Changed) != 3 || len(allFiles(t, root)) != 0 {
 		t.Errorf("%+v, %v", r, err)
 	}
 	if r, err := RemoveBoot(root); err != nil || len(r.Changed) != 0 {

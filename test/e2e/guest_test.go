@@ -143,6 +143,12 @@ func (h *house) take(t *testing.T, k vm.Kernel, script string, reboots int) {
 	if r.Exit != 0 || out.ok == 0 {
 		t.Errorf("exit %d after %d results", r.Exit, out.ok)
 	}
+	// what is guarded must not get in the way of a restart
+	for line := range strings.Lines(r.Console) {
+		if strings.Contains(line, "Failed to unmount") || strings.Contains(line, "Failed unmounting") {
+			t.Errorf("at a restart: %s", line)
+		}
+	}
 }
 
 func command(t *testing.T, env []string, argv ...string) {

@@ -460,10 +460,24 @@ long BPF_PROG(rw_move_mount, struct path *from, struct path *to)
 	return rc ? rc : guard_place(to->dentry);
 }
 
+/*
+ * The end of the system: systemd-shutdown, which process 1 becomes when all
+ * services have ended, unmounts in children of its own.
+ */
+static __always_inline bool is_shutting_down(struct task_struct *t)
+{
+	struct task_struct *parent = t->real_parent;
+	struct mm_struct *mm = t->mm, *its = parent->mm;
+	if (parent->tgid != 1 || !mm || !its)
+		return false;
+	struct file *exe = its->exe_file;
+	return exe && (void *)mm->exe_file == (void *)exe && name_is(exe->f_path.dentry, "systemd-shutdown", 16);
+}
+
 SEC("lsm/sb_umount")
 long BPF_PROG(rw_umount, struct vfsmount *mount, int flags)
 {
-	if (bpf_get_current_pid_tgid() >> 32 == 1) /* shutdown */
+	if (bpf_get_current_pid_tgid() >> 32 == 1 || is_shutting_down(bpf_get_current_task_btf()))
 		return 0;
 	return guard_place(mount->mnt_root);
 }
