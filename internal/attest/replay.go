@@ -36,6 +36,10 @@ type Boot struct {
 	// Firmware is the bank when the kernel took over: what the firmware's log
 	// alone leads to, which is where the kernel's boot_aggregate comes from.
 	Firmware *Bank
+
+	user   []byte      // SHA-256 of the userspace log
+	secure *secureBoot // what PCR 7 says, or
+	unsure error       // why it says nothing
 }
 
 // In yields the events of one PCR in order.
@@ -100,6 +104,7 @@ func Replay(log *Log, user *UserspaceLog, quoted *Bank, unlogged []int) (*Boot, 
 		return nil, refusePCR(ReasonPCRReplay, pcr, "the log's %d events lead to %x, the TPM quotes %x", len(boot.In(pcr)), now.Values[pcr], quoted.Values[pcr])
 	}
 	boot.Events = slices.DeleteFunc(boot.Events, func(e Event) bool { return slices.Contains(unlogged, e.PCR) })
+	boot.secure, boot.unsure = readSecureBoot(boot)
 	return boot, nil
 }
 
