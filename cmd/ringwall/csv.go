@@ -17,6 +17,7 @@ import (
 	"ringwall/internal/csv"
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
+	"ringwall/internal/kernelsig"
 )
 
 // codedError is an error of a command with exit codes of its own.
@@ -94,6 +95,7 @@ type cellFlags struct {
 	archive        string
 	moduleKeys, db []string
 	dbx            []string
+	sbat           string
 }
 
 func (f *cellFlags) flags(c *cobra.Command) {
@@ -106,8 +108,9 @@ func (f *cellFlags) flags(c *cobra.Command) {
 	s.StringArrayVar(&f.packages, "host-package", nil, "with --policy: a Debian package `FILE` that hosts have, or a directory of them; repeat")
 	s.StringVar(&f.archive, "host-archive", "", "the `NAME` of the archive that the hosts' packages come from (default: the policy's only one)")
 	s.StringArrayVar(&f.moduleKeys, "module-key", nil, "with --policy: a certificate `FILE` that the hosts' kernels take module signatures from; repeat")
-	s.StringArrayVar(&f.db, "efi-db", nil, "with --policy: a certificate `FILE` in the firmware's db; repeat")
-	s.StringArrayVar(&f.dbx, "efi-dbx", nil, "with --policy: a certificate `FILE` in the firmware's dbx; repeat")
+	s.StringArrayVar(&f.db, "efi-db", nil, "with --policy: a `FILE` of the firmware's db, a certificate or an .esl list; repeat")
+	s.StringArrayVar(&f.dbx, "efi-dbx", nil, "with --policy: a `FILE` of the firmware's dbx, a certificate or an .esl list; repeat")
+	s.StringVar(&f.sbat, "efi-sbat", "", "with --policy: a `FILE` with the firmware's SBAT level")
 	_ = c.MarkFlagFilename("cells", "yaml", "yml")
 	_ = c.MarkFlagFilename("policy", "yaml", "yml")
 }
@@ -117,7 +120,7 @@ func (f *cellFlags) inventory(ctx context.Context, e *env) (*csv.Inventory, erro
 	switch {
 	case (f.cells == "") == (len(f.policies) == 0):
 		return nil, usage(errors.New("give --cells or --policy, one of them"))
-	case f.cells != "" && len(f.supplements)+len(f.releases)+len(f.packages)+len(f.moduleKeys)+len(f.db)+len(f.dbx) > 0:
+	case f.cells != "" && len(f.supplements)+len(f.releases)+len(f.packages)+len(f.moduleKeys)+len(f.db)+len(f.dbx)+len(f.sbat) > 0:
 		return nil, usage(errors.New("with --cells, what hosts have stands in its file"))
 	case f.cells == "" && len(f.rings) > 0:
 		return nil, usage(errors.New("--rings needs --cells"))
@@ -149,7 +152,7 @@ func (p *policyCells) Cells(context.Context, []string) (*csv.Inventory, error) {
 	for _, policy := range p.f.policies {
 		c, err := cellOf(p.e, cache, ".", csv.CellSpec{
 			Policy: policy, Supplements: p.f.supplements, Releases: p.f.releases, Packages: p.f.packages, Archive: p.f.archive,
-			ModuleKeys: p.f.moduleKeys, DB: p.f.db, DBX: p.f.dbx,
+			ModuleKeys: p.f.moduleKeys, DB: p.f.db, DBX: p.f.dbx, SBAT: p.f.sbat,
 		})
 		if err != nil {
 			return nil, err
@@ -204,22 +207,62 @@ func cellOf(e *env, cache packageCache, dir string, s csv.CellSpec) (csv.Cell, e
 	}
 	c := csv.Cell{
 		Ring: s.Ring, Hosts: s.Hosts, Agent: s.Agent, Classifier: s.Classifier, Kernel: s.Kernel,
-		Key:  fmt.Sprintf("%q %q %q %q %q %d %q %q %q", q.policy, q.supplements, q.releases, q.packages, s.Archive, s.Classifier, s.ModuleKeys, s.DB, s.DBX),
+		Key:  fmt.Sprintf("%q %q %q %q %q %d %q %q %q %q", q.policy, q.supplements, q.releases, q.packages, s.Archive, s.Classifier, s.ModuleKeys, s.DB, s.DBX, s.SBAT),
 		Load: func(ctx context.Context) (*csv.Live, error) { return q.live(ctx, e, cache) },
 	}
-	for _, l := range []struct {
-		files []string
-		to    *[]*x509.Certificate
-	}{{s.ModuleKeys, &c.ModuleKeys}, {s.DB, &c.DB}, {s.DBX, &c.DBX}} {
-		for _, f := range in(l.files) {
-			certs, err := readCertificates(f)
-			if err != nil {
-				return c, err
-			}
-			*l.to = append(*l.to, certs...)
+	for _, f := range in(s.ModuleKeys) {
+		certs, err := readCertificates(f)
+		if err != nil {
+			return c, err
 		}
+		c.ModuleKeys = append(c.ModuleKeys, certs...)
 	}
-	return c, nil
+	var err error
+	if c.DB, err = readSignatureDB(in(s.DB)); err != nil {
+		return c, err
+	}
+	if c.DBX, err = readSignatureDB(in(s.DBX)); err != nil {
+		return c, err
+	}
+	if s.SBAT == "" {
+		return c, nil
+	}
+	text, err := readBounded(in([]string{s.SBAT})[0], maxBundleFile)
+	if err != nil {
+		return c, fmt.Errorf("SBAT level: %w", err)
+	}
+	c.SBAT, err = kernelsig.ParseSBAT(text)
+	return c, err
+}
+
+// readSignatureDB reads certificates, and signature lists: one .esl file alone,
+// since two lists of the firmware are never joined.
+func readSignatureDB(files []string) (*kernelsig.SignatureDB, error) {
+	if len(files) == 0 {
+		return nil, nil //nolint:nilnil // nobody said
+	}
+	db := &kernelsig.SignatureDB{}
+	for _, f := range files {
+		if strings.HasSuffix(f, ".esl") {
+			if len(files) > 1 {
+				return nil, fmt.Errorf("%s: a signature list stands alone: join them with cat: %w", f, errs.Invalid)
+			}
+			b, err := readBounded(f, maxBundleFile)
+			if err != nil {
+				return nil, fmt.Errorf("signature list: %w", err)
+			}
+			if db, err = kernelsig.ParseSignatureLists(b); err != nil {
+				return nil, fmt.Errorf("%s: %w", f, err)
+			}
+			return db, nil
+		}
+		certs, err := readCertificates(f)
+		if err != nil {
+			return nil, err
+		}
+		db.Certificates = append(db.Certificates, certs...)
+	}
+	return db, nil
 }
 
 // readCertificates reads PEM, or one certificate in DER.

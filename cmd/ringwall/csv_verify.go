@@ -61,7 +61,7 @@ The cells of a fleet stand in a file, whose names are relative to it:
     - {policy: base-92.yaml}       # a policy that no host runs yet
 
 Other keys of a cell: supplements, agent, classifier, kernel, module_keys,
-efi_db, efi_dbx.
+efi_db, efi_dbx, efi_sbat.
 
 --output takes several forms at once: FORMAT or FORMAT=FILE, FORMAT being text,
 json, sarif (2.1.0), junit, markdown or svr. svr is a signed verdict, an in-toto

@@ -12,6 +12,7 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
+	"ringwall/internal/kernelsig"
 	"ringwall/internal/strictyaml"
 )
 
@@ -37,10 +38,10 @@ type Cell struct {
 	// ModuleKeys are the certificates that its kernels take module signatures
 	// from; nil: nobody said.
 	ModuleKeys []*x509.Certificate
-	// DB and DBX are the firmware's allowed and forbidden certificates and
-	// hashes; a nil DB: nobody said.
-	DB, DBX []*x509.Certificate
-	DBXHash []integrity.Digest
+	// DB and DBX are what the firmware allows and forbids, and SBAT the
+	// generations that it asks for; a nil DB: nobody said.
+	DB, DBX *kernelsig.SignatureDB
+	SBAT    []kernelsig.SBATEntry
 }
 
 // Inventory is the cells of a fleet at a time.
@@ -78,7 +79,8 @@ type CellSpec struct {
 	Classifier  int
 	Kernel      string
 	ModuleKeys  []string // certificates
-	DB, DBX     []string // certificates
+	DB, DBX     []string // certificates, or signature lists (.esl)
+	SBAT        string   // a level, as in SbatLevelRT
 }
 
 // CellsFile is a fleet's cells as a file says them.
@@ -159,6 +161,7 @@ func (d *cellsDocument) cell(n *yaml.Node, where string) {
 		strictyaml.Optional("module_keys", files(&c.ModuleKeys)),
 		strictyaml.Optional("efi_db", files(&c.DB)),
 		strictyaml.Optional("efi_dbx", files(&c.DBX)),
+		strictyaml.Optional("efi_sbat", text(&c.SBAT)),
 	})
 	if c.Ring == "" && c.Hosts > 0 {
 		d.Problem(n, where, "has hosts, and no ring", "add `ring: NAME`")

@@ -2,6 +2,7 @@ package csv
 
 import (
 	"bytes"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -31,6 +32,9 @@ type facts struct {
 	setID   bool
 	caps    bool
 	bad     string // why it cannot be parsed
+	// What kernels and firmware say of its signature, by trust; nil: it is no
+	// module, or no boot image.
+	modules, images []string
 }
 
 // build is what one reading of an artefact found.
@@ -59,6 +63,9 @@ type inspector struct {
 	window window
 	head   []byte
 	script []byte
+	blob   []byte // of a module or boot image
+	trusts []trust
+	own    []*x509.Certificate // keys inside a kernel of the build
 	facts  map[place]*facts
 	files  []archive
 	nested map[string]bool // archives that have members of their own
@@ -74,9 +81,9 @@ func (in *inspector) Walk(visit func(codesign.Member, io.Reader) error) error {
 		if r == nil {
 			return visit(m, nil)
 		}
-		p := &probe{in: in, m: m, install: m.Install}
+		p := &probe{in: in, m: m}
 		in.window.reset()
-		in.head, in.script = in.head[:0], in.script[:0]
+		in.head, in.script, in.blob = in.head[:0], in.script[:0], in.blob[:0]
 		if err := visit(m, io.TeeReader(r, p)); err != nil {
 			if in.bad == "" && errors.Is(err, errs.Invalid) {
 				in.bad = m.Path
@@ -88,45 +95,77 @@ func (in *inspector) Walk(visit func(codesign.Member, io.Reader) error) error {
 	})
 }
 
-// probe looks at one member.
+// probe looks at one member as it passes by.
 type probe struct {
 	in      *inspector
 	m       codesign.Member
-	install bool
+	decided bool // what it is, from its first bytes
 	isELF   bool
-	binary  bool // a script that holds a zero byte
-	decided bool
+	// Their signature is checked, so all of them is kept.
+	module, image bool
+	binary        bool // a script that holds a zero byte
 }
 
 // Write never fails.
 func (p *probe) Write(b []byte) (int, error) {
+	in, size := p.in, len(b)
+	if !p.decided {
+		n := min(len(b), sniffBytes-len(in.head))
+		in.head, b = append(in.head, b[:n]...), b[n:]
+		if len(in.head) < sniffBytes {
+			return size, nil
+		}
+		p.decide()
+	}
+	p.feed(b)
+	return size, nil
+}
+
+func (p *probe) decide() {
+	head := p.in.head
+	p.decided, p.isELF = true, bytes.HasPrefix(head, []byte("\x7fELF"))
+	p.module, p.image = keepsWhole(p.m, head)
+	p.feed(head)
+}
+
+func (p *probe) feed(b []byte) {
 	in := p.in
-	if room := sniffBytes - len(in.head); room > 0 {
-		in.head = append(in.head, b[:min(room, len(b))]...)
-	}
-	if !p.decided && len(in.head) >= 4 {
-		p.decided, p.isELF = true, string(in.head[:4]) == "\x7fELF"
-		if p.isELF && len(b) < len(in.head) {
-			// What came before this piece; rare, since readers are asked for much.
-			_, _ = in.window.Write(in.head[:len(in.head)-len(b)])
-		}
-	}
-	switch {
-	case p.isELF:
+	if p.isELF {
 		_, _ = in.window.Write(b)
-	case p.install:
-		if room := scriptMax - len(in.script); room > 0 {
-			in.script = append(in.script, b[:min(room, len(b))]...)
-		}
+	}
+	if p.m.Install {
+		in.script = append(in.script, b[:min(scriptMax-len(in.script), len(b))]...)
+	}
+	if p.module || p.image {
+		in.blob = append(in.blob, b[:min(maxModule+1-len(in.blob), len(b))]...)
 	}
 	if !p.binary && bytes.HasPrefix(in.head, []byte("#!")) {
 		p.binary = bytes.IndexByte(b, 0) >= 0
 	}
-	return len(b), nil
+}
+
+// signature checks a module or boot image.
+func (p *probe) signature(f *facts) {
+	var err error
+	switch in := p.in; {
+	case len(in.blob) > maxModule:
+		err = fmt.Errorf("more than %d bytes: %w", maxModule, errs.Invalid)
+	case p.module:
+		f.modules, err = in.module(in.blob)
+	case p.image:
+		f.images, err = in.image(in.blob)
+	}
+	if err != nil && f.bad == "" {
+		f.bad = plainErr(err)
+	}
 }
 
 func (p *probe) finish() {
-	in, f := p.in, facts{install: p.install}
+	in, f := p.in, facts{install: p.m.Install}
+	if !p.decided {
+		p.decide()
+	}
+	p.signature(&f)
 	if p.isELF {
 		var err error
 		if f.elf, err = parseELF(&in.window); err != nil {
@@ -141,7 +180,7 @@ func (p *probe) finish() {
 			f.payload = "a script with binary data after its text"
 		}
 	}
-	if p.install {
+	if p.m.Install {
 		f.makes = scanScript(in.script)
 		if len(in.script) == scriptMax {
 			f.bad = fmt.Sprintf("a maintainer script of more than %d bytes", scriptMax)
@@ -152,7 +191,7 @@ func (p *probe) finish() {
 	if format := archiveFormat(p.m.Path, in.head); format != "" {
 		in.files = append(in.files, archive{p.m, format})
 	}
-	if f.elf != nil || f.shebang != nil || f.bad != "" || f.payload != "" || f.setID || f.caps || f.makes != nil {
+	if f.elf != nil || f.shebang != nil || f.bad != "" || f.payload != "" || f.setID || f.caps || f.makes != nil || f.modules != nil || f.images != nil {
 		in.facts[place{p.m.Origin, p.m.Path}] = &f
 	}
 }
@@ -194,8 +233,8 @@ func archiveFormat(name string, head []byte) string {
 
 // inspect reads the whole build. An errs.Invalid comes with the member that
 // could not be read, if it was one.
-func inspect(src codesign.Source, allFiles bool) (*build, string, error) {
-	in := &inspector{src: src, facts: map[place]*facts{}, nested: map[string]bool{}}
+func inspect(src codesign.Source, allFiles bool, trusts []trust) (*build, string, error) {
+	in := &inspector{src: src, trusts: trusts, facts: map[place]*facts{}, nested: map[string]bool{}}
 	built, err := codesign.Build(in, codesign.Options{AllFiles: allFiles})
 	if err != nil {
 		return nil, in.bad, err
@@ -273,6 +312,9 @@ func merge(a, b *facts) *facts {
 	}
 	if m.elf == nil && m.shebang == nil && m.bad == "" {
 		m.elf, m.shebang, m.bad, m.payload = b.elf, b.shebang, b.bad, b.payload
+	}
+	if m.modules == nil && m.images == nil {
+		m.modules, m.images = b.modules, b.images
 	}
 	return &m
 }

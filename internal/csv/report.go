@@ -280,7 +280,9 @@ func (f *Finding) folded() []directory {
 			at[dir] = i
 			out = append(out, directory{name: dir})
 		}
-		out[i].names = append(out[i].names, path.Base(m.Paths[0]))
+		if base := path.Base(m.Paths[0]); !slices.Contains(out[i].names[max(0, len(out[i].names)-2):], base) { // a module and what is inside it
+			out[i].names = append(out[i].names, base)
+		}
 	}
 	slices.SortStableFunc(out, func(a, b directory) int { return len(b.names) - len(a.names) })
 	return out

@@ -65,8 +65,9 @@ func Verify(ctx context.Context, c Candidate, v *Inventory, o Options) (*Report,
 		return nil, fmt.Errorf("csv: no cells, so nobody would run it: %w", errs.Invalid)
 	}
 	j := &judge{ctx: ctx, c: c, o: o, l: newLedger(), refusals: map[refusal]cause{}}
+	columns, trusts := j.plan(v)
 	j.progress("reading the build")
-	b, member, err := inspect(c.Source, lists(c.Release))
+	b, member, err := inspect(c.Source, lists(c.Release), trusts)
 	if err != nil {
 		if !errors.Is(err, errs.Invalid) {
 			return nil, fmt.Errorf("csv: %w", err)
@@ -77,7 +78,6 @@ func Verify(ctx context.Context, c Candidate, v *Inventory, o Options) (*Report,
 	j.subject = c.Subject()
 	j.wants = newWants(b)
 	j.static()
-	columns := j.plan(v)
 	for _, col := range columns {
 		if err := ctx.Err(); err != nil {
 			return nil, fmt.Errorf("csv: %w", err)
@@ -132,9 +132,10 @@ type judge struct {
 
 // column is cells that decide alike.
 type column struct {
-	n    int32
-	cell *Cell
-	live bool // its policy was loaded
+	n     int32
+	cell  *Cell
+	trust int
+	live  bool // its policy was loaded
 
 	name                          string
 	epoch                         uint64
@@ -162,9 +163,12 @@ func (j *judge) note(format string, a ...any) {
 	}
 }
 
-// plan makes a column of all cells that decide alike.
-func (j *judge) plan(v *Inventory) []*column {
+// plan makes a column of all cells that decide alike, and lists what their
+// kernels and firmware believe.
+func (j *judge) plan(v *Inventory) ([]*column, []trust) {
 	byKey := map[string]*column{}
+	var trusts []trust
+	byTrust := map[string]int{}
 	for i := range v.Cells {
 		c := &v.Cells[i]
 		col := byKey[c.Key]
@@ -172,10 +176,18 @@ func (j *judge) plan(v *Inventory) []*column {
 			col = &column{n: int32(len(j.columns)), cell: c} //nolint:gosec // at most maxCells
 			byKey[c.Key] = col
 			j.columns = append(j.columns, col)
+			t := trust{c.ModuleKeys, c.DB, c.DBX, c.SBAT}
+			n, ok := byTrust[t.key()]
+			if !ok {
+				n = len(trusts)
+				byTrust[t.key()] = n
+				trusts = append(trusts, t)
+			}
+			col.trust = n
 		}
 		j.cellOf = append(j.cellOf, col.n)
 	}
-	return j.columns
+	return j.columns, trusts
 }
 
 // signed is the release's own list, laid out by the build's contents.
@@ -383,6 +395,7 @@ func (q *questions) content(i int32) {
 	}
 	if c.facts != nil && !c.inner {
 		q.facts(i, c.facts, roles)
+		q.kernel(i, c.facts)
 	}
 }
 
