@@ -61,3 +61,43 @@ func FlipCertificate(c *x509.Certificate) (*x509.Certificate, error) {
 	}
 	return x509.ParseCertificate(der)
 }
+
+// AddUnsigned returns a timestamp response with an unsigned attribute.
+func AddUnsigned(response []byte) ([]byte, error) {
+	var r tsResponse
+	if _, err := asn1.Unmarshal(response, &r); err != nil {
+		return nil, err
+	}
+	var ci contentInfo
+	if _, err := asn1.Unmarshal(r.Token.FullBytes, &ci); err != nil {
+		return nil, err
+	}
+	si, err := asn1.Marshal(ci.Content.Signers[0])
+	if err != nil {
+		return nil, err
+	}
+	var seq asn1.RawValue
+	if _, err := asn1.Unmarshal(si, &seq); err != nil {
+		return nil, err
+	}
+	seq.Bytes = append(seq.Bytes, 0xa1, 0x09, 0x30, 0x07, 0x06, 0x03, 0x2a, 0x03, 0x04, 0x31, 0x00)
+	var out struct {
+		Type    asn1.ObjectIdentifier
+		Content struct {
+			Version          int
+			DigestAlgorithms asn1.RawValue
+			Content          asn1.RawValue
+			Certificates     asn1.RawValue
+			Signers          []asn1.RawValue `asn1:"set"`
+		} `asn1:"explicit,tag:0"`
+	}
+	if _, err := asn1.Unmarshal(r.Token.FullBytes, &out); err != nil {
+		return nil, err
+	}
+	out.Content.Signers = []asn1.RawValue{{Class: seq.Class, Tag: seq.Tag, IsCompound: true, Bytes: seq.Bytes}}
+	token, err := asn1.Marshal(out)
+	if err != nil {
+		return nil, err
+	}
+	return asn1.Marshal(tsResponse{Token: asn1.RawValue{FullBytes: token}})
+}

@@ -98,11 +98,17 @@ type tstInfo struct {
 	Imprint   imprint
 	Serial    *big.Int
 	Time      time.Time        `asn1:"generalized"`
-	Accuracy  asn1.RawValue    `asn1:"optional,tag:16"`
+	Accuracy  accuracy         `asn1:"optional"`
 	Ordering  bool             `asn1:"optional"`
 	Nonce     *big.Int         `asn1:"optional"`
 	TSA       asn1.RawValue    `asn1:"optional,tag:0"`
 	Extension []pkix.Extension `asn1:"optional,tag:1"`
+}
+
+type accuracy struct {
+	Seconds int `asn1:"optional"`
+	Millis  int `asn1:"optional,tag:0"`
+	Micros  int `asn1:"optional,tag:1"`
 }
 
 type imprint struct {
@@ -144,11 +150,11 @@ func verifyTimestamp(response, message []byte, tsas []Anchor) (*Stamp, error) {
 	if err != nil {
 		return nil, err
 	}
-	var info tstInfo
-	if err := parseDER(sd.Content.Data, &info, "TSTInfo"); err != nil {
+	info, err := parseInfo(sd.Content.Data)
+	if err != nil {
 		return nil, err
 	}
-	if err := checkInfo(&info, message); err != nil {
+	if err := checkInfo(info, message); err != nil {
 		return nil, err
 	}
 	certs, err := parseCerts(sd.Certificates)
@@ -193,6 +199,11 @@ func parseResponse(der []byte) (*signedData, error) {
 		return nil, err
 	}
 	sd := &ci.Content
+	// What encoding/asn1 passed over does not come out again: unsigned
+	// attributes, or anything behind the end of what is known.
+	if again, err := asn1.Marshal(ci); err != nil || !bytes.Equal(again, r.Token.FullBytes) {
+		return nil, fmt.Errorf("token: it holds what is not known: %w", errs.Invalid)
+	}
 	switch {
 	case !ci.Type.Equal(oidSignedData()) || !sd.Content.Type.Equal(oidTSTInfo()) || sd.Version != 3:
 		return nil, fmt.Errorf("not a signed TSTInfo: %w", errs.Untrusted)
@@ -208,6 +219,56 @@ func parseResponse(der []byte) (*signedData, error) {
 func isSHA256(a pkix.AlgorithmIdentifier) bool {
 	return a.Algorithm.Equal(oidSHA256()) &&
 		(len(a.Parameters.FullBytes) == 0 || bytes.Equal(a.Parameters.FullBytes, asn1.NullBytes))
+}
+
+// parseInfo reads a TSTInfo to its end, element by element: encoding/asn1
+// passes over what a SEQUENCE has behind the last field that it knows, and so
+// over a critical extension too.
+func parseInfo(der []byte) (*tstInfo, error) {
+	var seq asn1.RawValue
+	if err := parseDER(der, &seq, "TSTInfo"); err != nil {
+		return nil, err
+	}
+	if seq.Class != asn1.ClassUniversal || seq.Tag != asn1.TagSequence || !seq.IsCompound {
+		return nil, fmt.Errorf("TSTInfo: not a sequence: %w", errs.Invalid)
+	}
+	var i tstInfo
+	rest := seq.Bytes
+	for _, f := range []struct {
+		to       any
+		params   string
+		optional bool
+		class    int
+		tag      int
+	}{
+		{&i.Version, "", false, 0, asn1.TagInteger},
+		{&i.Policy, "", false, 0, asn1.TagOID},
+		{&i.Imprint, "", false, 0, asn1.TagSequence},
+		{&i.Serial, "", false, 0, asn1.TagInteger},
+		{&i.Time, "generalized", false, 0, asn1.TagGeneralizedTime},
+		{&i.Accuracy, "", true, 0, asn1.TagSequence},
+		{&i.Ordering, "", true, 0, asn1.TagBoolean},
+		{&i.Nonce, "", true, 0, asn1.TagInteger},
+		{&i.TSA, "", true, asn1.ClassContextSpecific, 0},
+		{&i.Extension, "tag:1", true, asn1.ClassContextSpecific, 1},
+	} {
+		var next asn1.RawValue
+		after, err := asn1.Unmarshal(rest, &next)
+		if f.optional && (len(rest) == 0 || err == nil && (next.Class != f.class || next.Tag != f.tag)) {
+			continue
+		}
+		if err == nil {
+			_, err = asn1.UnmarshalWithParams(next.FullBytes, f.to, f.params)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("TSTInfo: %w: %w", err, errs.Invalid)
+		}
+		rest = after
+	}
+	if len(rest) > 0 {
+		return nil, fmt.Errorf("TSTInfo: something follows that is not known: %w", errs.Invalid)
+	}
+	return &i, nil
 }
 
 func checkInfo(i *tstInfo, message []byte) error {

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"math/big"
 	"time"
+
+	"ringwall/internal/errs"
 )
 
 // TSA is the built-in timestamp authority. Whoever holds its key can say when
@@ -23,14 +25,19 @@ type TSA struct {
 
 // Stamp returns an RFC 3161 response over message.
 func (t *TSA) Stamp(message []byte) ([]byte, error) {
-	der, err := t.stamp(message)
+	der, err := t.issue(sha256.Sum256(message), nil)
 	if err != nil {
 		return nil, fmt.Errorf("make timestamp: %w", err)
 	}
 	return der, nil
 }
 
-func (t *TSA) stamp(message []byte) ([]byte, error) {
+// issue makes the response over a digest. It always carries the certificate:
+// a verifier may know the CA only.
+func (t *TSA) issue(sum [sha256.Size]byte, nonce *big.Int) ([]byte, error) {
+	if t.Key == nil {
+		return nil, fmt.Errorf("the key of the TSA is not here: %w", errs.NotFound)
+	}
 	now := t.Now().UTC().Truncate(time.Second)
 	if err := inValidity(t.Cert, now); err != nil {
 		return nil, err
@@ -39,17 +46,12 @@ func (t *TSA) stamp(message []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(message)
 	sha := pkix.AlgorithmIdentifier{Algorithm: oidSHA256()}
-	accuracy, err := asn1.Marshal(struct{ Seconds int }{1})
-	if err != nil {
-		return nil, err
-	}
 	info, err := asn1.Marshal(tstInfo{
 		Version: 1, Policy: arc(2, 1), Serial: serial.SetBit(serial, 126, 1), Time: now,
 		Imprint: imprint{Algorithm: pkix.AlgorithmIdentifier{Algorithm: oidSHA256(), Parameters: asn1.NullRawValue}, Hash: sum[:]},
 		// The time is cut to the second, so it is early by up to one.
-		Accuracy: asn1.RawValue{FullBytes: accuracy},
+		Accuracy: accuracy{Seconds: 1}, Nonce: nonce,
 	})
 	if err != nil {
 		return nil, err
