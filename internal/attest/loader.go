@@ -19,21 +19,22 @@ func isSeparator(e *Event) bool { return bytes.Equal(e.Measured, make([]byte, 4)
 
 // bootApplications accounts for every event of PCR 4: separators, firmware's
 // own texts, and otherwise digests of programs, all of which must be
-// authorised, whatever the log calls them. It counts the programs.
+// authorised, whatever the log calls them. It counts those that are.
 func bootApplications(p *Policy, b *Boot) (programs int, err error) {
 	for _, e := range b.In(4) {
 		if isSeparator(e) || slices.Contains(bootTexts(), strings.TrimRight(string(e.Measured), "\x00")) {
 			continue
 		}
-		if d := FormatDigest(b.Alg, e.Digest); !listed(p.applications, p.BootApplications, d) {
-			return programs, refusePCR(ReasonBootApp, 4, "event %d: %s", e.Index, d)
+		if d := FormatDigest(b.Alg, e.Digest); listed(p.applications, p.BootApplications, d) {
+			programs++
+		} else if err == nil {
+			err = refusePCR(ReasonBootApp, 4, "event %d: %s", e.Index, d)
 		}
-		programs++
 	}
-	if programs == 0 {
-		return 0, refusePCR(ReasonNoEvidence, 4, "no program was measured")
+	if programs == 0 && err == nil {
+		err = refusePCR(ReasonNoEvidence, 4, "no program was measured")
 	}
-	return programs, nil
+	return programs, err
 }
 
 // loader accounts for the PCRs of boot loaders: GRUB's commands and files (8,
@@ -146,7 +147,7 @@ func (p *Policy) commandLines(b *Boot) error {
 			return err
 		}
 	}
-	if found || p.sectionMeasured(b, ".cmdline") || p.listedCommandLine(b) {
+	if found || p.knownSection(b, ".cmdline") || p.listedCommandLine(b) {
 		return nil
 	}
 	return refuse(ReasonNoEvidence, "no command line was measured")
@@ -164,9 +165,16 @@ func (p *Policy) listedCommandLine(b *Boot) bool {
 	return false
 }
 
-func (p *Policy) sectionMeasured(b *Boot, name string) bool {
+// knownSection: the image has the section, with content that the policy lists.
+func (p *Policy) knownSection(b *Boot, name string) bool {
+	events := b.In(pcrUKI)
 	want := b.Alg.sum([]byte(name + "\x00"))
-	return slices.ContainsFunc(b.In(pcrUKI), func(e *Event) bool { return bytes.Equal(e.Digest, want) })
+	i := slices.IndexFunc(events, func(e *Event) bool { return bytes.Equal(e.Digest, want) })
+	if i < 0 || i+1 == len(events) {
+		return false
+	}
+	d := FormatDigest(b.Alg, events[i+1].Digest)
+	return slices.ContainsFunc(p.UKI, func(s Section) bool { return s.Name == name && slices.Contains(s.Digests, d) })
 }
 
 // uki accounts for PCR 11: systemd-stub measures each section's name and then
