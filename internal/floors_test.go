@@ -114,6 +114,7 @@ var outside = map[string][]string{
 	"codesign/archive": {"github.com/ProtonMail/go-crypto"},
 	"kernelsig":        {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
 	"csv":              {"go.yaml.in/yaml/v3"},
+	"notify":           {"go.yaml.in/yaml/v3"},
 	"enforce":          {"github.com/cilium/ebpf", "golang.org/x/sys"},
 	"host": {
 		"golang.org/x/sys", "github.com/google/go-tpm",

@@ -45,40 +45,74 @@ type Check struct {
 // Checks lists every check in order of its id.
 func Checks() []Check {
 	return []Check{
-		{Unauthorised, "unauthorised", "A file is not authorised by a policy that hosts enforce.",
-			"The policy has no rule that allows this content for what it is used as. Sign the build and give the record with --release; or let the policy allow its signer; or take the file out of the build."},
-		{PolicyFirst, "policy-first", "A file is authorised by a newer policy only than some hosts run.",
-			"The build would be right after the policy's roll-out and is wrong before it. Roll the policy out to those rings first, or stop the build's roll-out before them."},
-		{DeniedByRule, "denied", "A deny rule refuses a file, its release, its certificate or its epoch.",
-			"Somebody decided that this must not run, and no allow rule helps. Take the file out, rebuild with what replaces it, raise the epoch or sign with a certificate that is not revoked."},
-		{BadRelease, "bad-release", "The release record does not verify under a policy's trust.",
-			"Signature, certificate, timestamp, catalogue or use-by date are not what hosts accept, so nothing in the build counts as signed there."},
-		{BadInterpreter, "interpreter", "The interpreter or program loader of a file is missing or not authorised.",
-			"The kernel starts the program that stands after #! or in PT_INTERP. If that may not run or is not there, the file does not run either. Depend on the package that brings it, or correct the path."},
-		{MissingLibrary, "library", "A shared library that a file needs is missing or not authorised.",
-			"The loader looks for these libraries before main() runs. Depend on the package that brings them, or ship them in the build."},
-		{BadModule, "module", "A kernel module is unsigned or not signed under the kernel's key.",
-			"Kernels that insist on module signatures refuse it whatever a policy says. Sign it with the key that belongs to the kernel it is built for."},
-		{BadEFI, "efi", "An EFI image's signature does not verify, or the firmware's lists forbid it.",
-			"A machine with Secure Boot does not start it. Sign it under a certificate in db, and look for its hash, certificate and SBAT generation in the forbidden lists."},
-		{MadeAtInstall, "made-at-install", "A maintainer script makes or fetches code on the host.",
-			"What is made on the host is in nobody's catalogue, so it does not run there. Make it at build time and ship it, or authorise it by a rule of its own."},
-		{Payload, "payload", "A file carries code inside that is unpacked on the host.",
-			"What is unpacked at run time is content of its own, which no catalogue lists. Ship the files unpacked."},
-		{OtherContent, "not-what-was-signed", "The build is not what its release record was made from.",
-			"Something changed, added or removed files after signing. Sign last: after packaging, stripping and fix-ups."},
-		{BadGate, "gate", "The evidence of a required gate is missing, stale or failed.",
-			"Hosts are told that every required check has passed. Attach the evidence and sign again; ringwall gate check shows what is there."},
-		{Privileged, "privileged", "A file gives privileges to whoever runs it.",
-			"Set-user-ID, set-group-ID and file capabilities make a small mistake in a program a large one. Prefer a service with the capability, or have the file reviewed by name."},
-		{Unhardened, "unhardened", "A program lacks an exploit mitigation, or asks for memory that is writable and executable.",
-			"Compile and link with -fPIE -pie -Wl,-z,relro,-z,now,-z,noexecstack; find what asks for an executable stack or segment (often assembly without .note.GNU-stack)."},
-		{Unparsable, "unparsable", "A file cannot be parsed, so nobody knows what it is.",
-			"It fails closed: a host's kernel or loader may read in it what this check cannot. Rebuild it, or take it out."},
-		{OtherClassifier, "classifier", "Two versions of the classifier disagree on what a file is.",
-			"The record was made, or hosts classify, by other rules than this program's. Sign and verify with the version that the fleet runs, or update the agents first."},
-		{UnloadablePolicy, "policy", "A policy cannot be loaded, so nothing is known about its hosts.",
-			"The file is missing, or this version of the policy language refuses it and agents of this version would, too. Correct it: ringwall policy check."},
+		{
+			Unauthorised, "unauthorised", "A file is not authorised by a policy that hosts enforce.",
+			"The policy has no rule that allows this content for what it is used as. Sign the build and give the record with --release; or let the policy allow its signer; or take the file out of the build.",
+		},
+		{
+			PolicyFirst, "policy-first", "A file is authorised by a newer policy only than some hosts run.",
+			"The build would be right after the policy's roll-out and is wrong before it. Roll the policy out to those rings first, or stop the build's roll-out before them.",
+		},
+		{
+			DeniedByRule, "denied", "A deny rule refuses a file, its release, its certificate or its epoch.",
+			"Somebody decided that this must not run, and no allow rule helps. Take the file out, rebuild with what replaces it, raise the epoch or sign with a certificate that is not revoked.",
+		},
+		{
+			BadRelease, "bad-release", "The release record does not verify under a policy's trust.",
+			"Signature, certificate, timestamp, catalogue or use-by date are not what hosts accept, so nothing in the build counts as signed there.",
+		},
+		{
+			BadInterpreter, "interpreter", "The interpreter or program loader of a file is missing or not authorised.",
+			"The kernel starts the program that stands after #! or in PT_INTERP. If that may not run or is not there, the file does not run either. Depend on the package that brings it, or correct the path.",
+		},
+		{
+			MissingLibrary, "library", "A shared library that a file needs is missing or not authorised.",
+			"The loader looks for these libraries before main() runs. Depend on the package that brings them, or ship them in the build.",
+		},
+		{
+			BadModule, "module", "A kernel module is unsigned or not signed under the kernel's key.",
+			"Kernels that insist on module signatures refuse it whatever a policy says. Sign it with the key that belongs to the kernel it is built for.",
+		},
+		{
+			BadEFI, "efi", "An EFI image's signature does not verify, or the firmware's lists forbid it.",
+			"A machine with Secure Boot does not start it. Sign it under a certificate in db, and look for its hash, certificate and SBAT generation in the forbidden lists.",
+		},
+		{
+			MadeAtInstall, "made-at-install", "A maintainer script makes or fetches code on the host.",
+			"What is made on the host is in nobody's catalogue, so it does not run there. Make it at build time and ship it, or authorise it by a rule of its own.",
+		},
+		{
+			Payload, "payload", "A file carries code inside that is unpacked on the host.",
+			"What is unpacked at run time is content of its own, which no catalogue lists. Ship the files unpacked.",
+		},
+		{
+			OtherContent, "not-what-was-signed", "The build is not what its release record was made from.",
+			"Something changed, added or removed files after signing. Sign last: after packaging, stripping and fix-ups.",
+		},
+		{
+			BadGate, "gate", "The evidence of a required gate is missing, stale or failed.",
+			"Hosts are told that every required check has passed. Attach the evidence and sign again; ringwall gate check shows what is there.",
+		},
+		{
+			Privileged, "privileged", "A file gives privileges to whoever runs it.",
+			"Set-user-ID, set-group-ID and file capabilities make a small mistake in a program a large one. Prefer a service with the capability, or have the file reviewed by name.",
+		},
+		{
+			Unhardened, "unhardened", "A program lacks an exploit mitigation, or asks for memory that is writable and executable.",
+			"Compile and link with -fPIE -pie -Wl,-z,relro,-z,now,-z,noexecstack; find what asks for an executable stack or segment (often assembly without .note.GNU-stack).",
+		},
+		{
+			Unparsable, "unparsable", "A file cannot be parsed, so nobody knows what it is.",
+			"It fails closed: a host's kernel or loader may read in it what this check cannot. Rebuild it, or take it out.",
+		},
+		{
+			OtherClassifier, "classifier", "Two versions of the classifier disagree on what a file is.",
+			"The record was made, or hosts classify, by other rules than this program's. Sign and verify with the version that the fleet runs, or update the agents first.",
+		},
+		{
+			UnloadablePolicy, "policy", "A policy cannot be loaded, so nothing is known about its hosts.",
+			"The file is missing, or this version of the policy language refuses it and agents of this version would, too. Correct it: ringwall policy check.",
+		},
 	}
 }
 
