@@ -111,6 +111,7 @@ type Agent struct {
 	regime uint64
 	// unsettled: what is in force could not be stored yet; see settle.
 	unsettled bool
+	lost      bool              // no stored policy could be used
 	running   []enforce.Running // unlisted, when enforcement began
 	stop      context.CancelFunc
 	volumes   map[uint64]integrity.Digest
@@ -141,16 +142,15 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start agent: hash its own program: %w", err)
 	}
+	if err := s.repair(); err != nil {
+		return nil, fmt.Errorf("start agent: %w", err)
+	}
 	c, err := openClock(s.path(dirFloor, "clock"), o.Now)
 	if err != nil {
-		return nil, fmt.Errorf("start agent: %w", err)
-	}
-	f, err := host.OpenFloor(s.path(dirFloor), s.Settings().TPM)
-	if err != nil {
-		return nil, fmt.Errorf("start agent: %w", err)
+		s.noteDamage("%v: expired permits and exceptions are told by the machine's clock and the time of the policy's signature", err)
 	}
 	a := &Agent{
-		opts: o, log: o.Log, self: self, clock: c, floor: f, state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
+		opts: o, log: o.Log, self: self, clock: c, floor: s.openFloor(), state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
 	}
 	a.bytecode = &bytecode{a: a, log: o.Log, lib: cmp.Or(o.usrLib, "/usr/lib"), status: BytecodeStatus{State: bytecodeWaiting, Why: "the agent has just started"}}
 	if o.NoBytecode {
@@ -257,27 +257,6 @@ func (a *Agent) Early(ctx context.Context) error {
 	return nil
 }
 
-// confirmed loads the policy that this host confirmed; errs.NotFound if there
-// is none, errs.Untrusted if someone put an old one back.
-func (a *Agent) confirmed(made map[string]module) (*loaded, error) {
-	bundle, err := readFile(a.state.path(filePolicy), maxBundle)
-	if err != nil {
-		return nil, err
-	}
-	l, err := a.state.load(bundle, a.compileOptions(), made)
-	if err != nil {
-		return nil, fmt.Errorf("the confirmed policy: %w", err)
-	}
-	least, err := a.floor.Get()
-	if err != nil {
-		return nil, fmt.Errorf("epoch floor: %w", err)
-	}
-	if l.policy.Epoch < least {
-		return nil, fmt.Errorf("the stored policy has epoch %d, this host has had %d: someone put an old one back: %w", l.policy.Epoch, least, errs.Untrusted)
-	}
-	return l, nil
-}
-
 // open takes the engine and guards the state directory.
 func (a *Agent) open() error {
 	set := a.state.Settings()
@@ -347,11 +326,21 @@ func (a *Agent) begin(ctx context.Context) error {
 	l, err := a.confirmed(a.recallModules())
 	if errors.Is(err, errs.NotFound) {
 		a.log.WarnContext(ctx, "no policy yet: nothing is enforced until `ringwall host apply`")
+		a.tellDamage()
+		return a.enforcer.Protect()
+	}
+	if errors.Is(err, errs.Untrusted) {
+		// an agent that runs can be handed a policy; what an earlier one put into the kernel stays
+		a.state.noteDamage("%v", err)
+		a.lost = true
+		a.tellDamage()
 		return a.enforcer.Protect()
 	}
 	if err != nil {
 		return err
 	}
+	a.clock.atLeast(l.signed.SignedAt)
+	a.tellDamage()
 	a.tellEarly()
 	if err := a.state.sweep(); err != nil {
 		a.log.WarnContext(ctx, "what a crash left behind", slog.Any("error", err))
@@ -435,8 +424,10 @@ func (a *Agent) settle(ctx context.Context, l *loaded) error {
 	if err := a.state.follow(l.policy); err != nil {
 		return err
 	}
-	if err := a.floor.Raise(l.policy.Epoch); err != nil {
-		return fmt.Errorf("raise the epoch floor: %w", err)
+	if least, err := a.floor.Get(); err == nil && l.policy.Epoch >= least { // else it was told, see confirmed
+		if err := a.floor.Raise(l.policy.Epoch); err != nil {
+			return fmt.Errorf("raise the epoch floor: %w", err)
+		}
 	}
 	a.unsettled = false
 	a.applyKnobs()

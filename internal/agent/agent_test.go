@@ -125,25 +125,6 @@ func TestApplyPolicy_canaryFails(t *testing.T) {
 	}
 }
 
-// An old policy that is put back on the disk is refused at the next start.
-func TestAgent_refusesAnOldPolicyOnDisk(t *testing.T) {
-	l := newLab(t)
-	old := l.policy(5, "audit", "")
-	l.prepare(old)
-	l.start()
-	var s Status
-	if err := l.client().Call(t.Context(), "policy", PolicyRequest{Policy: l.policy(6, "audit", "")}, &s); err != nil {
-		t.Fatal(err)
-	}
-	l.stop()
-	if err := os.WriteFile(filepath.Join(l.state(), filePolicy), old, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := l.tryStart(); !errors.Is(err, errs.Untrusted) {
-		t.Errorf("started: %v", err)
-	}
-}
-
 func TestAgent_onlyOne(t *testing.T) {
 	l := newLab(t)
 	l.prepare(nil)

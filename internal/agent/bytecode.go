@@ -547,4 +547,3 @@ func (a *Agent) compileOptions() integrity.CompileOptions {
 		Self: a.self, Canary: enforce.CanaryDigest(), Script: sha256.Sum256([]byte(host.PythonScript())), Now: a.clock.now(),
 	}
 }
-

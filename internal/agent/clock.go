@@ -28,17 +28,19 @@ type clock struct {
 // The clock may be stepped a little by time synchronisation.
 const clockStep = 2 * time.Minute
 
+// openClock always returns a clock; an error says that the latest time seen is
+// not known, and then it begins with the machine's (see atLeast).
 func openClock(path string, wall func() time.Time) (*clock, error) {
 	c := &clock{path: path, wall: wall}
 	b, err := readFile(path, 64)
 	switch {
 	case errors.Is(err, errs.NotFound):
 	case err != nil:
-		return nil, fmt.Errorf("latest time seen: %w", err)
+		return c, fmt.Errorf("latest time seen: %w", err)
 	default:
 		n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
 		if err != nil {
-			return nil, fmt.Errorf("latest time seen: %s: %w", path, errs.Invalid)
+			return c, fmt.Errorf("latest time seen: %s: %w", path, errs.Invalid)
 		}
 		c.high = time.Unix(n, 0)
 		c.saved = c.high
@@ -54,6 +56,16 @@ func (c *clock) now() time.Time {
 		c.high = t
 	}
 	return c.high
+}
+
+// atLeast tells the clock of a time that has certainly passed, for one that does
+// not know the latest time seen.
+func (c *clock) atLeast(t time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.saved.IsZero() && t.After(c.high) {
+		c.high = t
+	}
 }
 
 // tick notes the time durably now and then, and returns by how much the

@@ -272,7 +272,7 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 		return nil
 	}
 	least, err := a.floor.Get()
-	if err != nil {
+	if _, broken := a.floor.(brokenFloor); err != nil && !(broken && a.loaded != nil) {
 		return fmt.Errorf("epoch floor: %w", err)
 	}
 	if a.loaded != nil {
@@ -292,6 +292,9 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 	}
 	if err := a.enact(ctx, l); err != nil {
 		return err
+	}
+	if err := a.renewFloor(); err != nil {
+		return fmt.Errorf("make the epoch floor anew: %w", err)
 	}
 	return a.settle(ctx, l)
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -32,12 +33,19 @@ type eventLog struct {
 
 const maxWaiting = 4 << 20 // bytes
 
+// openLog always returns a log; an error says that it had to be begun anew. One
+// that cannot be opened at all is tried again with each line.
 func openLog(dir string) (*eventLog, error) {
 	l := &eventLog{dir: dir}
-	if err := l.open(); err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
-		return nil, fmt.Errorf("open the event log: %w", err)
+	err := l.open()
+	if err == nil || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return l, nil
 	}
-	return l, nil
+	name := filepath.Join(dir, logName)
+	if back := os.Rename(name, fmt.Sprintf("%s.damaged-%d", name, time.Now().UnixNano())); back == nil {
+		_ = l.open() // the next line tries again
+	}
+	return l, fmt.Errorf("the event log could not be opened and is begun anew: %w", err)
 }
 
 func (l *eventLog) open() error {

@@ -65,7 +65,7 @@ type repeat struct {
 func newPipeline(a *Agent) (*pipeline, error) {
 	log, err := openLog(a.state.path(dirEvents))
 	if err != nil {
-		return nil, err
+		a.state.noteDamage("%v", err)
 	}
 	booted, err := bootTime(a.opts.Now)
 	if err != nil {

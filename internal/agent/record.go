@@ -91,12 +91,13 @@ const (
 	noticeStart   = "agent-starts"
 	noticePackage = "package"
 	noticeLog     = "log"
+	noticeState   = "state-damaged" // a file of the state was, and another is used
 )
 
 // alerting says whether a notice is for someone to look at at once.
 func alerting(notice string) bool {
 	switch notice {
-	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog:
+	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState:
 		return true
 	}
 	return false

@@ -42,7 +42,7 @@ func Prepare(ctx context.Context, dir string, u Setup, now time.Time) (*Prepared
 	out := &Prepared{Host: s.Host()}
 	if err := s.prepare(ctx, u, now, out); err != nil {
 		err = fmt.Errorf("set up this host: %w", err)
-		return nil, errors.Join(err, host.ResetFloor(s.path(dirFloor), u.Anchor.Settings.TPM, nil), host.RemoveFile(s.path(fileAnchor)))
+		return nil, errors.Join(err, host.ResetFloor(s.path(dirFloor), u.Anchor.Settings.TPM, nil), host.RemoveFile(s.path(fileAnchor)), host.RemoveFile(s.path(fileAnchorCopy)))
 	}
 	return out, nil
 }

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
@@ -27,16 +26,18 @@ const DefaultStateDir = "/var/lib/ringwall"
 // Names below the state directory. All of it is written by the agent only; the
 // kernel refuses everyone else while enforcement is on.
 const (
-	fileAnchor   = "anchor.json" // who may sign the next policy; settings of this host
-	filePolicy   = "policy.json" // the policy in force, signed
-	filePrevious = "policy.previous.json"
-	dirFloor     = "floor"       // the epoch below which no policy may fall
-	dirReleases  = "releases"    // RECORD.release.json, RECORD.cat, RECORD.names
-	dirSupps     = "supplements" // NAME.policy.json
-	dirPackages  = "packages"    // SHA256OFDEB.json, .cat, .names
-	dirCanary    = "canary"
-	dirEvents    = "events"
-	dirIncoming  = "incoming"
+	fileAnchor     = "anchor.json" // who may sign the next policy; settings of this host
+	fileAnchorCopy = "anchor.copy.json"
+	filePolicy     = "policy.json" // the policy in force, signed
+	filePolicyCopy = "policy.copy.json"
+	filePrevious   = "policy.previous.json"
+	dirFloor       = "floor"       // the epoch below which no policy may fall
+	dirReleases    = "releases"    // RECORD.release.json, RECORD.cat, RECORD.names
+	dirSupps       = "supplements" // NAME.policy.json
+	dirPackages    = "packages"    // SHA256OFDEB.json, .cat, .names
+	dirCanary      = "canary"
+	dirEvents      = "events"
+	dirIncoming    = "incoming"
 )
 
 // Bounds of what is read back.
@@ -87,6 +88,7 @@ type Settings struct {
 type State struct {
 	dir    string
 	anchor Anchor
+	damage []string // found and not told yet
 }
 
 // InitState makes a state directory. One that is there already is errs.Conflict.
@@ -120,7 +122,9 @@ func (s *State) create() error {
 			return err
 		}
 	}
-	if _, err := os.Lstat(s.path(fileAnchor)); !errors.Is(err, fs.ErrNotExist) {
+	_, first := os.Lstat(s.path(fileAnchor))
+	_, second := os.Lstat(s.path(fileAnchorCopy))
+	if !errors.Is(first, fs.ErrNotExist) || !errors.Is(second, fs.ErrNotExist) {
 		return fmt.Errorf("this host is set up already; `ringwall host remove` undoes that: %w", errs.Conflict)
 	}
 	return s.saveAnchor()
@@ -133,20 +137,12 @@ func stateDirs() []string {
 // OpenState opens a state directory; errs.NotFound if the host is not set up.
 func OpenState(dir string) (*State, error) {
 	s := &State{dir: dir}
-	b, err := readFile(s.path(fileAnchor), maxAnchor)
+	err := s.readAnchor()
 	if errors.Is(err, errs.NotFound) {
 		return nil, fmt.Errorf("open state: %s does not exist; run `ringwall host init` first: %w", s.path(fileAnchor), errs.NotFound)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
-	}
-	if err := pki.UnmarshalStrict(b, &s.anchor, maxAnchor); err != nil {
-		return nil, fmt.Errorf("open state: %s: %w", fileAnchor, err)
-	}
-	for _, d := range stateDirs() {
-		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, fmt.Errorf("open state: %w", err)
-		}
 	}
 	return s, nil
 }
@@ -176,7 +172,8 @@ func (s *State) saveAnchor() error {
 	if err != nil {
 		return err
 	}
-	return host.WriteFile(s.path(fileAnchor), append(b, '\n'), 0o600)
+	b = append(b, '\n')
+	return errors.Join(host.WriteFile(s.path(fileAnchor), b, 0o600), host.WriteFile(s.path(fileAnchorCopy), b, 0o600))
 }
 
 // roots returns who may sign a policy.
@@ -276,21 +273,6 @@ func (s *State) seenSuite(name string, date time.Time) error {
 	return s.saveAnchor()
 }
 
-// confirm makes a policy the one that the next start begins with.
-func (s *State) confirm(bundle []byte) error {
-	old, err := readFile(s.path(filePolicy), maxBundle)
-	if err == nil && bytes.Equal(old, bundle) {
-		return nil // a start with a full disk must not fail here
-	}
-	if err == nil {
-		err = host.WriteFile(s.path(filePrevious), old, 0o600)
-	}
-	if err != nil && !errors.Is(err, errs.NotFound) {
-		return fmt.Errorf("keep the previous policy: %w", err)
-	}
-	return host.WriteFile(s.path(filePolicy), bundle, 0o600)
-}
-
 // sweep removes what a crash left half done.
 func (s *State) sweep() error {
 	var all error
@@ -350,7 +332,7 @@ func (s *State) drop(dir, stem, key string, others ...string) error {
 	return nil
 }
 
-// readFile reads a bounded file; errs.NotFound if there is none.
+// readFile reads a bounded regular file; errs.NotFound if there is none.
 func readFile(name string, limit int64) ([]byte, error) {
 	st, err := os.Stat(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -358,6 +340,9 @@ func readFile(name string, limit int64) ([]byte, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: no regular file: %w", name, errs.Invalid) // a FIFO would have us wait
 	}
 	if st.Size() > limit {
 		return nil, fmt.Errorf("%s: %d bytes, at most %d: %w", name, st.Size(), limit, errs.Invalid)

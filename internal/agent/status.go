@@ -114,6 +114,9 @@ func (a *Agent) Status() Status {
 
 // standing is the state in one word and in one sentence. a.mu is held.
 func (a *Agent) standing() (state, text string) {
+	if a.loaded == nil && a.lost {
+		return StateNoPolicy, "no stored policy can be used; only what an earlier agent put into the kernel since the boot is refused; hand a signed policy in with `ringwall host apply`"
+	}
 	if a.loaded == nil {
 		return StateNoPolicy, "no policy is in force and nothing is refused; hand one in with `ringwall host apply`"
 	}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"ringwall/internal/errs"
 )
 
@@ -131,7 +133,7 @@ func syncDir(dir string) error {
 
 // readBounded reads a file of at most limit bytes; a bigger one is invalid.
 func readBounded(name string, limit int64) ([]byte, error) {
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO in its place is empty, not waited for
 	if err != nil {
 		return nil, kindOf(err)
 	}

@@ -176,7 +176,7 @@ func (b *bench) scoped(ctx context.Context) error {
 		return err
 	}
 	start = time.Now()
-	modules, err := a.compiled(ctx)
+	modules, err := a.compiled(ctx, b.say)
 	if err != nil {
 		return err
 	}
@@ -208,7 +208,7 @@ func (b *bench) wholeHost(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := a.compiled(ctx); err != nil {
+	if _, err := a.compiled(ctx, b.say); err != nil {
 		return err
 	}
 	b.say("whole host")

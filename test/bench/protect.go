@@ -27,6 +27,8 @@ const (
 	ringwall  = payload + "/ringwall"
 	stateDir  = "/var/lib/ringwall"
 	startTime = 10 * time.Minute // of the guest's clock
+	// asking costs as much as compiling some modules
+	askCompiled = 20 * time.Second
 )
 
 // quiet runs a command and shows what it said only if it fails.
@@ -97,20 +99,27 @@ func startAgent(ctx context.Context, state string) (*agent, error) {
 
 // compiled waits until the agent has compiled Python's modules, which it does in
 // the background and which is not part of what is measured.
-func (a *agent) compiled(ctx context.Context) (modules float64, err error) {
+func (a *agent) compiled(ctx context.Context, say func(string, ...any)) (modules float64, err error) {
+	last := time.Time{}
 	return modules, until(ctx, "Python's byte code is made", func() (bool, error) {
+		if time.Since(last) < askCompiled {
+			return false, nil
+		}
 		out, err := exec.CommandContext(ctx, ringwall, "status", "--output", "json").Output()
 		if err != nil {
 			return false, fmt.Errorf("status: %w", err)
 		}
 		var s struct {
 			Bytecode struct {
-				State string  `json:"state"`
-				Made  float64 `json:"made"`
+				State   string  `json:"state"`
+				Why     string  `json:"why"`
+				Made    float64 `json:"made"`
+				Pending int     `json:"pending"`
 			} `json:"bytecode"`
 		}
 		err = json.Unmarshal(out, &s)
-		modules = s.Bytecode.Made
+		modules, last = s.Bytecode.Made, time.Now()
+		say("byte code: %s, %.0f made, %d to be made %s", s.Bytecode.State, modules, s.Bytecode.Pending, s.Bytecode.Why)
 		return s.Bytecode.State == "done", err
 	})
 }
