@@ -4,13 +4,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
-	"hash"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
+	builds "ringwall/internal/artefact"
 	"ringwall/internal/codesign"
 	"ringwall/internal/integrity"
 )
@@ -18,72 +16,56 @@ import (
 // progressEvery is how often a long walk says how far it is.
 const progressEvery = 5 * time.Second
 
-// artefact is a build on disk as a codesign.Source: a directory, a tar archive
-// or a Debian package. Walking it also hashes it as a whole, tells how far it
-// is, and stops when the context ends.
+// artefact is a build on disk or in a registry, for one walk. It tells a
+// person how far reading is, and knows what a directory held.
 type artefact struct {
-	path   string
-	source codesign.Source
-	file   *os.File // nil for a directory
-
-	ctx     context.Context //nolint:containedctx // one walk is one call
-	e       *env
-	sum     hash.Hash // of the file
-	listing []string  // of the directory
-	files   int
-	bytes   int64
-	told    time.Time
+	*builds.Artefact
+	listing []string  // of a directory
+	told    time.Time // how far it is
 }
 
-// openArtefact opens a build for one walk.
+// openArtefact opens a build as it is signed and verified: all of it, with what
+// is in archives within it.
 func openArtefact(ctx context.Context, e *env, path string) (*artefact, error) {
-	a := &artefact{path: path, ctx: ctx, e: e, sum: sha256.New(), told: e.now()}
-	st, err := os.Stat(path)
-	if err != nil {
-		return nil, err
+	return openArtefactAs(ctx, e, path, builds.Options{})
+}
+
+func openArtefactAs(ctx context.Context, e *env, path string, o builds.Options) (*artefact, error) {
+	a := &artefact{told: e.now()}
+	o.Context = ctx
+	o.Progress = func(p builds.Progress) {
+		if now := e.now(); now.Sub(a.told) >= progressEvery {
+			a.told = now
+			if p.Members == 0 {
+				e.notef("%s: %d MiB hashed …", path, p.Bytes>>20)
+			} else {
+				e.notef("%s: %d members, %d MiB …", path, p.Members, p.Bytes>>20)
+			}
+		}
 	}
-	if st.IsDir() {
-		a.source = codesign.DirSource(os.DirFS(path))
-		return a, nil
-	}
-	if a.file, err = os.Open(path); err != nil {
-		return nil, err
-	}
-	if a.source, err = codesign.OpenSource(a.reader(a.file, a.sum)); err != nil {
-		_ = a.file.Close()
+	var err error
+	if a.Artefact, err = builds.Open(path, o); err != nil {
 		return nil, err
 	}
 	return a, nil
 }
 
-func (a *artefact) Close() error {
-	if a.file == nil {
-		return nil
-	}
-	return a.file.Close()
-}
-
 // name is what the artefact is called in records.
-func (a *artefact) name() string {
-	if abs, err := filepath.Abs(a.path); err == nil {
-		return filepath.Base(abs)
-	}
-	return filepath.Base(a.path)
-}
+func (a *artefact) name() string { return a.Name }
+
+// pkg is what a package says of itself, once walked.
+func (a *artefact) pkg() (builds.Package, bool) { return a.Package() }
 
 // deb is what a Debian package says of itself, once walked.
 func (a *artefact) deb() (codesign.DebControl, bool) {
-	d, ok := a.source.(*codesign.Deb)
-	if !ok {
-		return codesign.DebControl{}, false
-	}
-	return d.Control, true
+	p, ok := a.Package()
+	return codesign.DebControl{Package: p.Name, Version: p.Version, Architecture: p.Architecture}, ok && a.Format == builds.FormatDeb
 }
 
 // digest is the SHA-256 of the file, or of the directory's listing, once walked.
 func (a *artefact) digest() integrity.Digest {
-	if a.file != nil {
-		return integrity.Digest(a.sum.Sum(nil))
+	if a.Format != builds.FormatDir {
+		return a.Digest
 	}
 	slices.Sort(a.listing)
 	h := sha256.New()
@@ -95,9 +77,12 @@ func (a *artefact) digest() integrity.Digest {
 
 // Walk implements codesign.Source.
 func (a *artefact) Walk(visit func(codesign.Member, io.Reader) error) error {
-	err := a.source.Walk(func(m codesign.Member, content io.Reader) error {
-		a.files++
-		if a.file != nil {
+	if a.Format != builds.FormatDir {
+		return a.Artefact.Walk(visit)
+	}
+	a.listing = nil
+	return a.Artefact.Walk(func(m codesign.Member, content io.Reader) error {
+		if m.Nested {
 			return visit(m, content)
 		}
 		if content == nil {
@@ -105,7 +90,7 @@ func (a *artefact) Walk(visit func(codesign.Member, io.Reader) error) error {
 			return visit(m, nil)
 		}
 		h := sha256.New()
-		r := a.reader(content, h)
+		r := io.TeeReader(content, h)
 		if err := visit(m, r); err != nil {
 			return err
 		}
@@ -115,31 +100,4 @@ func (a *artefact) Walk(visit func(codesign.Member, io.Reader) error) error {
 		a.listing = append(a.listing, fmt.Sprintf("%q %06o %x\n", m.Path, uint32(m.Mode), h.Sum(nil)))
 		return nil
 	})
-	if err == nil && a.file != nil {
-		_, err = io.Copy(io.Discard, a.reader(a.file, a.sum))
-	}
-	return err
-}
-
-func (a *artefact) reader(r io.Reader, sum hash.Hash) io.Reader { return &artefactReader{a, r, sum} }
-
-type artefactReader struct {
-	a   *artefact
-	r   io.Reader
-	sum hash.Hash
-}
-
-func (r *artefactReader) Read(p []byte) (int, error) {
-	a := r.a
-	if err := a.ctx.Err(); err != nil {
-		return 0, err
-	}
-	n, err := r.r.Read(p)
-	r.sum.Write(p[:n])
-	a.bytes += int64(n)
-	if now := a.e.now(); now.Sub(a.told) >= progressEvery {
-		a.told = now
-		a.e.notef("%s: %d files, %d MiB read …", a.path, a.files, a.bytes>>20)
-	}
-	return n, err
 }

@@ -387,12 +387,9 @@ func baselineOf(paths []string) (csv.Baseline, error) {
 
 // subjectOf says what an artefact is, once it has been walked.
 func subjectOf(a *artefact) csv.Subject {
-	s := csv.Subject{Name: a.name(), Format: "file", Digest: a.digest()}
-	if a.file == nil {
-		s.Format = "directory"
-	}
-	if d, ok := a.deb(); ok {
-		s.Format, s.Package, s.Version = "deb", d.Package, d.Version
+	s := csv.Subject{Name: a.name(), Format: string(a.Format), Digest: a.digest()}
+	if p, ok := a.pkg(); ok {
+		s.Package, s.Version = p.Name, p.Version
 	}
 	return s
 }

@@ -269,15 +269,10 @@ type meter struct {
 const barWidth = 24
 
 func newMeter(e *env, a *artefact) *meter {
-	m := &meter{artefact: a, e: e}
+	m := &meter{artefact: a, e: e, total: a.Size()}
 	if f, ok := e.stderr.(*os.File); ok && !e.quiet {
 		st, err := f.Stat()
 		m.tty = err == nil && st.Mode()&os.ModeCharDevice != 0
-	}
-	if a.file != nil {
-		if st, err := a.file.Stat(); err == nil {
-			m.total = st.Size()
-		}
 	}
 	return m
 }
@@ -299,15 +294,15 @@ func (m *meter) draw(name string) {
 		return
 	}
 	m.drawn = now
-	bar := ""
+	bar, far := "", m.Progress()
 	if m.total > 0 {
-		n := int(min(m.bytes*barWidth/m.total, barWidth))
+		n := int(min(far.Bytes*barWidth/m.total, barWidth))
 		bar = "[" + strings.Repeat("#", n) + strings.Repeat(".", barWidth-n) + "] "
 	}
 	if runes := []rune(name); len(runes) > 40 {
 		name = "…" + string(runes[len(runes)-39:])
 	}
-	m.line(fmt.Sprintf("%s%d files, %d MiB  %s", bar, m.files, m.bytes>>20, name))
+	m.line(fmt.Sprintf("%s%d files, %d MiB  %s", bar, far.Members, far.Bytes>>20, name))
 }
 
 func (m *meter) line(s string) {

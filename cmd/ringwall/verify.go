@@ -267,14 +267,14 @@ func contents(c *codesign.Catalogue, t *codesign.NameTable) map[string]string {
 			what += ", " + f
 		}
 		for _, n := range t.Names[i] {
-			add(n.Path, what)
+			add(n.Location(), what)
 		}
 	}
 	for _, n := range t.Others {
 		if n.Target != "" {
-			add(n.Path, "link to "+shown(n.Target))
+			add(n.Location(), "link to "+shown(n.Target))
 		} else {
-			add(n.Path, n.Mode.String())
+			add(n.Location(), n.Mode.String())
 		}
 	}
 	return out

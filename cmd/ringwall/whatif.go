@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	builds "ringwall/internal/artefact"
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
@@ -105,7 +106,8 @@ func (q *whatIf) loadPackages(ctx context.Context, e *env, p *integrity.Policy) 
 
 func packageSource(ctx context.Context, e *env, file, archive string) (integrity.Source, error) {
 	var none integrity.Source
-	a, err := openArtefact(ctx, e, file)
+	// a host looks at what dpkg unpacks, not into archives among it
+	a, err := openArtefactAs(ctx, e, file, builds.Options{Depth: -1})
 	if err != nil {
 		return none, err
 	}

@@ -260,6 +260,12 @@ func (a *Artefact) whole() *io.SectionReader { return io.NewSectionReader(a.file
 // anything that is no package.
 func (a *Artefact) Package() (Package, bool) { return a.pkg, a.pkg.Name != "" }
 
+// Size is the length of the file in bytes; 0 for what is no file.
+func (a *Artefact) Size() int64 { return a.opened.size }
+
+// Progress is how far the current walk is.
+func (a *Artefact) Progress() Progress { return a.read }
+
 // Close releases the file. Walk must not be called any more.
 func (a *Artefact) Close() error {
 	if a.done != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"syscall"
 
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
@@ -93,8 +94,12 @@ type ociDir struct{ root *os.Root }
 func (d ociDir) open(name string) (*io.SectionReader, func(), error) {
 	f, err := d.root.Open(name)
 	if err != nil {
-		if errors.Is(err, os.ErrNotExist) {
+		var system syscall.Errno
+		switch {
+		case errors.Is(err, os.ErrNotExist):
 			err = fmt.Errorf("%s: %w", name, errs.NotFound)
+		case !errors.As(err, &system): // os.Root's own: a link that leaves the layout
+			err = fmt.Errorf("%w: %w", err, errs.Invalid)
 		}
 		return nil, nil, err
 	}

@@ -186,4 +186,3 @@ func registryError(err error) error {
 	}
 	return err
 }
-

@@ -181,6 +181,19 @@ func (w *walk) nested(f Format, place string, src *io.SectionReader) error {
 	return w.unread(place, err)
 }
 
+// UnreadError is an archive within the artefact that cannot be read, while
+// there is no Options.Unread to decide about it.
+type UnreadError struct {
+	Place string
+	Err   error
+}
+
+// Error implements error.
+func (u *UnreadError) Error() string { return u.Place + ": " + u.Err.Error() }
+
+// Unwrap leads to the kind.
+func (u *UnreadError) Unwrap() error { return u.Err }
+
 // unread decides about an archive that cannot be read.
 func (w *walk) unread(place string, err error) error {
 	switch {
@@ -189,7 +202,7 @@ func (w *walk) unread(place string, err error) error {
 	case w.state.fatal != nil:
 		return w.state.fatal
 	case w.a.options.Unread == nil || !errors.Is(err, errs.Invalid) && !errors.Is(err, errs.Unsupported):
-		return w.fail(fmt.Errorf("%s: %w", place, err))
+		return w.fail(&UnreadError{Place: place, Err: err})
 	}
 	if err := w.a.options.Unread(place, err); err != nil {
 		return w.fail(err)

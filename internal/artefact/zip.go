@@ -38,6 +38,7 @@ func zipWalk(src *io.SectionReader, visit func(codesign.Member, io.Reader) error
 		return fmt.Errorf("more than %d members: %w", maxMembers, errs.Invalid)
 	}
 	seen := make(map[string]bool, len(z.File))
+	claimed := int64(0)
 	for _, f := range z.File {
 		m, dir, err := zipMember(in, f)
 		if err != nil {
@@ -50,6 +51,10 @@ func zipWalk(src *io.SectionReader, visit func(codesign.Member, io.Reader) error
 			return fmt.Errorf("%.200q appears twice: %w", m.Path, errs.Invalid)
 		}
 		seen[m.Path] = true
+		// Entries may share their compressed bytes, so the sum counts.
+		if claimed += m.Size; claimed > maxTotal || claimed > ratioFree+maxRatio*src.Size() {
+			return fmt.Errorf("%.200q: unpacks to more than %d times the whole: %w", f.Name, maxRatio, errs.Invalid)
+		}
 		if err := zipContent(f, m, visit); err != nil {
 			return fmt.Errorf("%.200q: %w", f.Name, err)
 		}
@@ -79,8 +84,6 @@ func zipMember(src *zipInput, f *zip.File) (m codesign.Member, dir bool, err err
 		return m, true, nil
 	case p == "." || f.UncompressedSize64 > maxTotal:
 		return m, false, fmt.Errorf("unusable name or size: %w", errs.Invalid)
-	case f.UncompressedSize64 > ratioFree && f.UncompressedSize64/2000 > f.CompressedSize64:
-		return m, false, fmt.Errorf("%d bytes out of %d: %w", f.UncompressedSize64, f.CompressedSize64, errs.Invalid)
 	}
 	m = codesign.Member{Path: p, Mode: mode, Size: int64(f.UncompressedSize64)} //nolint:gosec // bounded above
 	if !mode.IsRegular() {
