@@ -24,6 +24,8 @@ func commands(e *env) []*cobra.Command {
 		newSignCommand(e),
 		newVerifyCommand(e),
 		newCatalogueCommand(e),
+		newImageCommand(e),
+		newExportCommand(e),
 		newCSVCommand(e),
 		newPolicyCommand(e),
 		newKnobsCommand(e),

@@ -1,4 +1,7 @@
 package image
 
-// Describe reads what Open reads, from memory.
-var Describe = describe
+// For fuzzing.
+var (
+	Describe   = describe
+	AppendTree = appendTree
+)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"ringwall/internal/errs"
 )
@@ -34,7 +35,7 @@ func HashTree(data io.Reader, blocks uint64, salt []byte) (tree []byte, root [32
 	level := make([]byte, 0, blocks*digestSize)
 	buf := make([]byte, len(salt)+256*BlockSize)
 	for left := blocks; left > 0; {
-		n := int(min(left, 256)) //nolint:gosec // at most 256
+		n := int(min(left, 256))
 		part := buf[len(salt) : len(salt)+n*BlockSize]
 		if _, err := io.ReadFull(data, part); err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
@@ -43,7 +44,7 @@ func HashTree(data io.Reader, blocks uint64, salt []byte) (tree []byte, root [32
 			return nil, root, fmt.Errorf("hash tree: %w", err)
 		}
 		level = appendDigests(level, part, salt)
-		left -= uint64(n) //nolint:gosec // at most 256
+		left -= uint64(n)
 	}
 	if blocks == 1 {
 		return nil, [32]byte(level), nil
@@ -60,8 +61,8 @@ func HashTree(data io.Reader, blocks uint64, salt []byte) (tree []byte, root [32
 		level = appendDigests(make([]byte, 0, len(level)/perBlock), level, salt)
 	}
 	root = [32]byte(appendDigests(nil, level, salt))
-	for i := len(levels) - 1; i >= 0; i-- {
-		tree = append(tree, levels[i]...)
+	for _, l := range slices.Backward(levels) {
+		tree = append(tree, l...)
 	}
 	return tree, root, nil
 }

@@ -20,6 +20,10 @@ type Volume struct {
 	Size       int64  // of the file, in bytes
 	Salt       []byte
 	UUID       [16]byte // of the superblock; nothing vouches for it
+	// Root is the hash over the top block of the tree. That the rest of the tree
+	// and the data agree with it, the kernel checks block by block, and Check as
+	// a whole.
+	Root [32]byte
 }
 
 // HashOffset is where the superblock is, in bytes: what veritysetup's
@@ -78,7 +82,12 @@ func describe(r io.ReaderAt, size int64) (*Volume, error) {
 	if s.blocks != uint64(n) { //nolint:gosec // not negative
 		return nil, fmt.Errorf("verity superblock is about %d blocks, %d are there: %w", s.blocks, n, errs.Invalid)
 	}
-	return &Volume{Format: formatOf(head), DataBlocks: s.blocks, Size: size, Salt: s.salt, UUID: s.uuid}, nil
+	v := &Volume{Format: formatOf(head), DataBlocks: s.blocks, Size: size, Salt: s.salt, UUID: s.uuid}
+	if _, err := r.ReadAt(block, int64(n+1)*BlockSize); err != nil {
+		return nil, err
+	}
+	v.Root = [32]byte(appendDigests(nil, block, s.salt))
+	return v, nil
 }
 
 // formatOf knows a file system by its magic; empty: it is none of ours.
@@ -95,7 +104,6 @@ func formatOf(head []byte) Format {
 // Checked is what an image was found to be.
 type Checked struct {
 	Volume
-	Root   [32]byte // of the hash tree, computed from the data
 	SHA256 [32]byte // of the whole file
 }
 

@@ -8,6 +8,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
 
 	"ringwall/internal/errs"
 )
@@ -113,7 +114,7 @@ func (m *Image) checkSignature(s *SignedData, db *SignatureDB) (signer, anchor *
 		return nil, nil, fmt.Errorf("no signed attributes: %w", errs.Untrusted)
 	}
 	err = fmt.Errorf("the signer's certificate is not there: %w", errs.Untrusted)
-	for _, c := range append(db.Certificates[:len(db.Certificates):len(db.Certificates)], s.Certificates...) {
+	for _, c := range slices.Concat(db.Certificates, s.Certificates) {
 		if !g.by(c) {
 			continue
 		}
@@ -192,13 +193,13 @@ func (db *SignatureDB) trace(signer *x509.Certificate, more []*x509.Certificate)
 		}
 		for _, c := range db.Certificates {
 			if issued(last, c) {
-				return append(chain[:len(chain):len(chain)], c), nil
+				return append(slices.Clip(chain), c), nil
 			}
 		}
 		for i, c := range more {
 			if !used[i] && len(chain) < maxChain-1 && issued(last, c) {
 				used[i] = true
-				chains = append(chains, append(chain[:len(chain):len(chain)], c))
+				chains = append(chains, append(slices.Clip(chain), c))
 			}
 		}
 	}

@@ -12,12 +12,15 @@ import (
 	"encoding/asn1"
 	"fmt"
 	"math/big"
+	"slices"
 
 	"ringwall/internal/errs"
 )
 
 func oidSignedData() asn1.ObjectIdentifier { return asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 2} }
-func oidData() asn1.ObjectIdentifier       { return asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 1} }
+
+func oidData() asn1.ObjectIdentifier { return asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 1} }
+
 func oidSHA256() asn1.ObjectIdentifier {
 	return asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 2, 1}
 }
@@ -154,10 +157,8 @@ func CheckSigner(c *x509.Certificate) error {
 	if len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 {
 		return nil
 	}
-	for _, u := range c.ExtKeyUsage {
-		if u == x509.ExtKeyUsageCodeSigning {
-			return nil
-		}
+	if slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageCodeSigning) {
+		return nil
 	}
 	return bad("extended key usage lacks codeSigning")
 }

@@ -84,7 +84,7 @@ func parseImage(data []byte) (*Image, error) {
 		return nil, bad("%d sections, optional header of %d bytes", count, optional)
 	}
 	opt := data[head : head+optional]
-	directories := 0
+	var directories int
 	switch {
 	case optional >= 2 && le.Uint16(opt) == peHeader32:
 		directories = 96
@@ -129,7 +129,8 @@ func (m *Image) readSections(at, count int) error {
 		}
 		s := Section{Name: name}
 		if size > 0 {
-			if uint64(start)+uint64(size) > uint64(m.certificates) || int(start) < m.headers {
+			if uint64(start)+uint64(size) > uint64(m.certificates) || //nolint:gosec // not negative
+				int(start) < m.headers {
 				return bad("section %q of %d bytes at %d", name, size, start)
 			}
 			s.start, s.n = int(start), int(size)

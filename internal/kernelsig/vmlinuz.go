@@ -183,7 +183,7 @@ func certificateList(b []byte, at int) (k *KernelKeys, end int) {
 		return nil, 0
 	}
 	switch binary.LittleEndian.Uint64(b[sizes+8:]) {
-	case uint64(first): //nolint:gosec // not negative
+	case uint64(first):
 		k.Module = k.Builtin[0]
 	case 0:
 	default:

@@ -62,8 +62,8 @@ func unxz(b []byte, limit int) ([]byte, error) {
 	}
 	dict := uint64(2|head[2]&1) << (min(head[2], 39)/2 + 11)
 	// No distance is longer than what comes out.
-	dict = max(min(dict, uint64(limit), maxXZDict), lzma.MinDictCap)                       //nolint:gosec // not negative
-	r, err := lzma.Reader2Config{DictCap: int(dict)}.NewReader2(bytes.NewReader(b[size:])) //nolint:gosec // bounded
+	dict = max(min(dict, uint64(limit), maxXZDict), lzma.MinDictCap) //nolint:gosec // not negative
+	r, err := lzma.Reader2Config{DictCap: int(dict)}.NewReader2(bytes.NewReader(b[size:]))
 	if err != nil {
 		return nil, fmt.Errorf("xz: %w: %w", err, errs.Invalid)
 	}
@@ -132,12 +132,12 @@ func x86Filter(b []byte) {
 		src := binary.LittleEndian.Uint32(b[i+1:])
 		var dest uint32
 		for {
-			dest = src - uint32(i+5) //nolint:gosec // wraps, as addresses do
+			dest = src - uint32(i+5)
 			if prevMask == 0 {
 				break
 			}
 			j := uint32(maskNumber[prevMask]) * 8
-			if !outer(byte(dest >> (24 - j))) {
+			if !outer(byte(dest >> (24 - j) & 0xff)) {
 				break
 			}
 			src = dest ^ (1<<(32-j) - 1)
