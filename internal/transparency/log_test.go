@@ -2,6 +2,7 @@ package transparency_test
 
 import (
 	"crypto"
+	"encoding/base64"
 	"path/filepath"
 	"testing"
 	"time"
@@ -84,3 +85,5 @@ func TestLog_appendAndVerify(t *testing.T) {
 		}
 	}
 }
+
+func base64Of(b []byte) string { return base64.StdEncoding.EncodeToString(b) }
