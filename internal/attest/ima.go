@@ -19,6 +19,7 @@ const (
 	templateIMA     = "ima"
 	bootAggregate   = "boot_aggregate"
 	maxIMAFieldName = 64
+	maxPath         = 4096 // PATH_MAX
 )
 
 // IMAEntry is one measurement of the kernel's list. The slices alias the list
@@ -213,6 +214,9 @@ func (e *IMAEntry) fields() error {
 	if !found || bytes.IndexByte(path, 0) >= 0 {
 		return malformed("IMA entry %d: a name that does not end with its only NUL", e.Index)
 	}
+	if len(path) > maxPath {
+		return tooLarge("IMA entry %d: a name of %d bytes (at most %d)", e.Index, len(path), maxPath)
+	}
 	e.Path = string(path)
 	if !e.Violation {
 		if err := e.digestField(f[0]); err != nil {
@@ -247,7 +251,7 @@ func (e *IMAEntry) digestField(f []byte) error {
 		}
 		e.Verity, name = kind == "verity", alg
 	}
-	if a, err := ParseAlg(name); err == nil && len(digest) != a.Size() {
+	if a, err := ParseAlg(name); (err == nil && len(digest) != a.Size()) || len(digest) > SHA512.Size() {
 		return malformed("IMA entry %d: %s digest of %d bytes", e.Index, name, len(digest))
 	}
 	e.Alg, e.Digest = name, digest
