@@ -28,6 +28,8 @@ type csvOptions struct {
 	strict   bool
 	maxAge   time.Duration
 	at       string
+	gates    csvGates
+	notify   csvNotify
 
 	keys, passphraseFile, verifier string
 }
@@ -95,6 +97,8 @@ JSON: {"version", "at", "inventory", "artefact": {"name", "format", "sha256",
 	f.StringVar(&o.keys, "keys", "", "for svr: the authority's `DIR`, with the keys attest-ca and tsa")
 	passphraseFlag(c, &o.passphraseFile)
 	f.StringVar(&o.verifier, "verifier", "", "for svr: who verifies, as a `URI` such as spiffe://fleet.example/attest/csv")
+	o.gates.flags(c)
+	o.notify.flags(c)
 	complete(c, "output", csvFormats()...)
 	return c
 }
@@ -144,6 +148,14 @@ func (o *csvOptions) run(ctx context.Context, e *env, path string) error {
 	if err != nil {
 		return err
 	}
+	gates, err := o.gates.ask(e)
+	if err != nil {
+		return err
+	}
+	targets, owners, err := o.notify.load()
+	if err != nil {
+		return err
+	}
 	v, err := o.cells.inventory(ctx, e)
 	if err != nil {
 		return err
@@ -166,7 +178,7 @@ func (o *csvOptions) run(ctx context.Context, e *env, path string) error {
 	m := newMeter(e, a)
 	r, err := csv.Verify(ctx, csv.Candidate{
 		Source: m, Subject: func() csv.Subject { return subjectOf(a) }, Release: release, Archive: o.archive,
-	}, v, csv.Options{Now: now, MaxAge: o.maxAge, Baseline: baseline, Progress: m.say})
+	}, v, csv.Options{Now: now, MaxAge: o.maxAge, Baseline: baseline, Gates: gates, Progress: m.say})
 	m.end()
 	if err != nil {
 		return err
@@ -175,6 +187,10 @@ func (o *csvOptions) run(ctx context.Context, e *env, path string) error {
 		if err := o.write(e, r, out, sign); err != nil {
 			return codedError{csv.ExitInternal, fmt.Errorf("report as %s: %w", out.format, err)}
 		}
+	}
+	if err := o.notify.tell(ctx, e, targets, owners, r, o.strict); err != nil {
+		// The build's fate does not hang on a mail server's.
+		e.notef("ringwall: %v", err)
 	}
 	return o.verdict(r, path)
 }
