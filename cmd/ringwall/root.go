@@ -22,6 +22,8 @@ func commands(e *env) []*cobra.Command {
 	return []*cobra.Command{
 		newKeyCommand(e),
 		newSignCommand(e),
+		newGateCommand(e),
+		newSignerCommand(e),
 		newVerifyCommand(e),
 		newCatalogueCommand(e),
 		newImageCommand(e),

@@ -12,48 +12,41 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
+	"ringwall/internal/signer"
 )
 
 type signOptions struct {
 	keys, passphraseFile, identity, out string
 	product, version, revision          string
-	notAfter                            string
+	notAfter, ring                      string
+	policy, state, log, tsa, alerts     string
+	evidence, notify                    []string
 	epoch                               uint32
-	allFiles, force                     bool
+	allFiles, force, breakglass         bool
 }
 
-// signedRelease is what `ringwall sign` made of one artefact.
+// signedRelease is what was made of one artefact, and where it lies.
 type signedRelease struct {
-	Product   string         `json:"product"`
-	Version   string         `json:"version"`
-	Epoch     uint32         `json:"epoch"`
-	Identity  string         `json:"identity"`
-	Release   string         `json:"release"` // SHA-256 of the statement: how rules name this release
-	Artefact  string         `json:"artefact"`
-	SHA256    string         `json:"sha256"` // of the file, or of the listing of a directory
-	Files     int            `json:"files"`  // regular files read
-	Code      int            `json:"code"`   // of them, those that are code
-	Records   int            `json:"records"`
-	Kinds     map[string]int `json:"kinds"`
-	Bundle    string         `json:"bundle"`
-	Catalogue string         `json:"catalogue"`
-	Names     string         `json:"names"`
+	signer.Result
+	Bundle    string `json:"bundle"`
+	Catalogue string `json:"catalogue"`
+	Names     string `json:"names"`
 }
 
 func newSignCommand(e *env) *cobra.Command {
 	var o signOptions
 	c := &cobra.Command{
-		Use:     "sign PATH... --keys DIR",
+		Use:     "sign PATH... --keys DIR [--release-policy FILE --evidence DIR]",
 		GroupID: groupSign,
 		Short:   "Sign builds: directories, tar archives, Debian packages",
 		Long: `Reads each build to its end, lists what is executable in it (programs, libraries,
-scripts, kernel modules, firmware, maintainer scripts) in a catalogue, and signs
-a release record over that. Next to each other it writes
+scripts, kernel modules, firmware, maintainer scripts) in a catalogue, asks the
+product's release policy whether every gate is passed, and signs a release record
+over that. Next to each other it writes
 
   PRODUCT_VERSION.release.json   the signed record, a Sigstore bundle
   PRODUCT_VERSION.cat            the catalogue, which hosts decide by
@@ -64,15 +57,24 @@ then PRODUCT_VERSION_ARCH.*). The record also holds the SHA-256 of the artefact;
 for a directory that of its listing, one line a file: path, mode, SHA-256 or
 link target.
 
+The gates are those of --release-policy (see ringwall gate --help), a file or a
+directory with one for each product; evidence is read from --evidence. Without a
+policy anything is signed, which is for trying and not for production: nothing
+but the key then stands between a build and the fleet. Where several people
+build, ringwall signer serve keeps the key away from them.
+
 The signer's identity is what policies allow; unless --identity says otherwise
 it is spiffe://FLEET.internal/build/main, FLEET being the authority's name. The
 epoch is the build's security version: raise it when older builds must stop
-running, and deny those below it.
+running, and deny those below it. With --state an epoch never goes back.
+
+Exit code 1: a gate refused it; 4: a gate waits for evidence, or a file is missing.
 
 JSON: {"releases": [{"product", "version", "epoch", "identity", "release",
-"artefact", "sha256", "files", "code", "records", "kinds": {KIND: COUNT},
-"bundle", "catalogue", "names"}]}`,
-		Example: `  ringwall sign edged_4.7.0-1_amd64.deb --keys keys
+"artefact", "sha256", "architecture", "files", "code", "records", "kinds": {KIND:
+COUNT}, "decision", "bundle", "catalogue", "names"}]}; decision is that of
+ringwall gate check, and is left out without a policy`,
+		Example: `  ringwall sign edged_4.7.0-1_amd64.deb --keys keys --release-policy edged-release.yaml --evidence evidence
   ringwall sign ./dist --keys keys --product edged --version 4.7.0 --epoch 12 --revision "$(git rev-parse HEAD)"
   ringwall sign *.deb --keys keys --out releases --passphrase-file /run/secrets/pass`,
 		Args: func(c *cobra.Command, args []string) error {
@@ -93,6 +95,15 @@ JSON: {"releases": [{"product", "version", "epoch", "identity", "release",
 	f.Uint32Var(&o.epoch, "epoch", 1, "its security version, which only grows")
 	f.BoolVar(&o.allFiles, "all-files", false, "list data files too, for hosts whose interpreters may open listed files only")
 	f.StringVar(&o.notAfter, "not-after", "", "use by this `TIME` (2031-05-01T12:00:00Z)")
+	f.StringVar(&o.policy, "release-policy", "", "the product's release policy `FILE`, or a directory of them")
+	f.StringArrayVar(&o.evidence, "evidence", nil, "evidence `FILE`, or a directory of *.evidence.json; repeat")
+	f.StringVar(&o.ring, "ring", "", "the furthest `RING` that it may go to (default: the policy's last)")
+	f.BoolVar(&o.breakglass, "breakglass", false, "sign past the gates, on the approvals among the evidence; raises an alert")
+	f.StringVar(&o.alerts, "alerts", "", "append alerts to `FILE`; --breakglass needs it")
+	f.StringArrayVar(&o.notify, "notify", nil, "`COMMAND` that reads an alert on its standard input; repeat for its arguments")
+	f.StringVar(&o.state, "state", "", "keep the highest epoch of each product in `DIR`")
+	f.StringVar(&o.log, "log", "", "append the signature to the transparency log in `DIR`")
+	f.StringVar(&o.tsa, "tsa", "", "timestamp authority's `URL` (default: the authority's own)")
 	f.StringVar(&o.out, "out", ".", "write the files into `DIR`")
 	f.BoolVar(&o.force, "force", false, "overwrite files that are there already")
 	require(c, "keys")
@@ -101,30 +112,46 @@ JSON: {"releases": [{"product", "version", "epoch", "identity", "release",
 	return c
 }
 
-func (o *signOptions) run(ctx context.Context, e *env, paths []string) error {
-	if len(paths) > 1 && (o.product != "" || o.version != "") {
-		return usage(errors.New("--product and --version are for one build, and several are given"))
+// order is what the flags ask for, for one artefact.
+func (o *signOptions) order(e *env) (signer.Order, error) {
+	r := signer.Order{
+		Product: o.product, Version: o.version, Epoch: o.epoch, Revision: o.revision, Ring: o.ring, AllFiles: o.allFiles, Breakglass: o.breakglass,
 	}
-	var notAfter time.Time
 	if o.notAfter != "" {
 		var err error
-		if notAfter, err = time.Parse(time.RFC3339, o.notAfter); err != nil {
-			return usage(fmt.Errorf("--not-after %q: want UTC, such as 2031-05-01T12:00:00Z", o.notAfter))
+		if r.NotAfter, err = time.Parse(time.RFC3339, o.notAfter); err != nil {
+			return r, usage(fmt.Errorf("--not-after %q: want UTC, such as 2031-05-01T12:00:00Z", o.notAfter))
 		}
-		if !notAfter.After(e.now()) {
-			return usage(fmt.Errorf("--not-after %s has passed", o.notAfter))
+		if !r.NotAfter.After(e.now()) {
+			return r, usage(fmt.Errorf("--not-after %s has passed", o.notAfter))
 		}
 	}
-	a, err := loadAuthority(e, o.keys, o.passphraseFile)
+	var err error
+	r.Evidence, err = signer.LoadEvidence(o.evidence)
+	return r, err
+}
+
+func (o *signOptions) run(ctx context.Context, e *env, paths []string) (err error) {
+	switch {
+	case len(paths) > 1 && (o.product != "" || o.version != ""):
+		return usage(errors.New("--product and --version are for one build, and several are given"))
+	case o.policy == "" && (len(o.evidence) > 0 || o.ring != "" || o.breakglass):
+		return usage(errors.New("--evidence, --ring and --breakglass need --release-policy"))
+	case o.breakglass && o.alerts == "":
+		return usage(errors.New("--breakglass needs --alerts: it is never quiet"))
+	}
+	order, err := o.order(e)
 	if err != nil {
 		return err
 	}
-	if o.identity == "" {
-		o.identity = defaultIdentity(a, pki.PurposeBuild)
-	}
-	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeBuild, Identity: o.identity, Now: e.now()})
+	s, closeAll, err := o.signer(e)
 	if err != nil {
 		return err
+	}
+	defer func() { err = errors.Join(err, closeAll()) }()
+	if o.policy == "" {
+		order.Ungated = true
+		e.notef("no gates: not for production (--release-policy says what a build must pass)")
 	}
 	if err := os.MkdirAll(o.out, 0o755); err != nil { //nolint:gosec // what is published
 		return err
@@ -134,12 +161,19 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) error {
 	}{Releases: []signedRelease{}}
 	var failed error
 	for _, p := range paths {
-		r, err := o.one(ctx, e, a, s, p, notAfter)
+		order.Path = p
+		signed, err := s.Sign(ctx, order)
 		if err != nil {
-			failed = fmt.Errorf("sign %s: %w", p, err)
+			failed = explainRefusal(e, fmt.Errorf("sign %s: %w", p, signHint(err)))
 			break
 		}
-		out.Releases = append(out.Releases, *r)
+		r := signedRelease{Result: signed.Describe()}
+		out.Releases = append(out.Releases, r)
+		if failed = out.Releases[len(out.Releases)-1].save(o.out, o.force, signed.Bundle, signed.Built.Catalogue, signed.Built.Names); failed != nil {
+			out.Releases = out.Releases[:len(out.Releases)-1]
+			failed = fmt.Errorf("sign %s: %w", p, failed)
+			break
+		}
 	}
 	if len(out.Releases) == 0 {
 		return failed
@@ -151,70 +185,82 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) error {
 	}), failed)
 }
 
-// one signs one build.
-func (o *signOptions) one(ctx context.Context, e *env, a *pki.Authority, s *pki.Signer, path string, notAfter time.Time) (*signedRelease, error) {
-	src, err := openArtefact(ctx, e, path)
+// signer puts the local signer together; closeAll releases what it holds.
+func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, err error) {
+	nothing := func() error { return nil }
+	a, err := loadAuthority(e, o.keys, o.passphraseFile)
 	if err != nil {
-		return nil, err
+		return nil, nothing, err
 	}
-	defer src.Close()
-	b, err := codesign.Build(src, codesign.Options{AllFiles: o.allFiles})
-	if err != nil {
-		return nil, err
+	s = &signer.Signer{Issuer: a, Identity: o.identity, Now: e.now, Open: openInput(e)}
+	if s.Identity == "" {
+		s.Identity = defaultIdentity(a, pki.PurposeBuild)
 	}
-	digest := src.digest()
-	info := codesign.ReleaseInfo{
-		Product: o.product, Version: o.version, Epoch: o.epoch, Revision: o.revision, NotAfter: notAfter,
-		Artefacts: []codesign.Artefact{{Name: src.name(), Digest: digest}},
-	}
-	architecture := ""
-	if d, ok := src.deb(); ok {
-		architecture = d.Architecture
-		if info.Product == "" {
-			info.Product = d.Package
-		}
-		if info.Version == "" {
-			info.Version = d.Version
+	if o.policy != "" {
+		if s.Policies, err = openPolicies(o.policy); err != nil {
+			return nil, nothing, err
 		}
 	}
-	if info.Product == "" || info.Version == "" {
-		return nil, usage(errors.New("it does not say what it is; give --product and --version"))
+	if o.state != "" {
+		if err := os.MkdirAll(o.state, 0o700); err != nil {
+			return nil, nothing, err
+		}
+		s.Epochs = &signer.EpochFile{Path: filepath.Join(o.state, "epochs.json"), Write: host.WriteFile}
 	}
-	if b.Records == 0 {
-		return nil, hint(fmt.Errorf("nothing in it is executable: %w", errs.Invalid), "--all-files lists data too")
+	if s.Stamper, err = openStamper(a, o.tsa); err != nil {
+		return nil, nothing, err
 	}
-	bundle, err := codesign.SignRelease(s, info, b.Catalogue, b.Names)
+	closers := []func() error{}
+	closeAll = func() error {
+		var all error
+		for _, c := range closers {
+			all = errors.Join(all, c())
+		}
+		return all
+	}
+	if o.alerts != "" {
+		lines, err := signer.OpenLines(o.alerts)
+		if err != nil {
+			return nil, nothing, err
+		}
+		closers = append(closers, lines.Close)
+		s.Alert = signer.Alerts(lines, o.notify, func(err error) { e.notef("warning: %v", err) })
+	}
+	log, closeLog, err := openLog(a, o.log)
 	if err != nil {
-		return nil, err
+		return nil, nothing, errors.Join(err, closeAll())
 	}
-	// What hosts would not believe must not leave this machine.
-	r, _, err := codesign.VerifyRelease(bundle, b.Catalogue, a.Roots(pki.PurposeBuild))
-	if err != nil {
-		return nil, err
+	s.Log = log
+	closers = append(closers, closeLog)
+	return s, closeAll, nil
+}
+
+// signHint says what to do about an order that says too little.
+func signHint(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errs.Invalid) && strings.Contains(err.Error(), "does not say what it is"):
+		return usage(errors.New("it does not say what it is; give --product and --version"))
+	case errors.Is(err, errs.Invalid) && strings.Contains(err.Error(), "is executable"):
+		return hint(err, "--all-files lists data too")
 	}
-	out := &signedRelease{
-		Product: r.Product, Version: r.Version, Epoch: r.Epoch, Identity: r.Identity, Release: r.Record.String(),
-		Artefact: src.name(), SHA256: digest.String(), Files: b.Files, Code: b.Code, Records: b.Records, Kinds: map[string]int{},
-	}
-	for k, n := range b.Kinds {
-		out.Kinds[k.String()] = n
-	}
-	stem := filepath.Join(o.out, releaseStem(r.Product, r.Version, architecture))
-	out.Bundle, out.Catalogue, out.Names = stem+extRelease, stem+extCatalogue, stem+extNames
-	return out, o.save(out, bundle, b)
+	return err
 }
 
 // save writes the record last: where it is, the other two are.
-func (o *signOptions) save(r *signedRelease, bundle []byte, b *codesign.Built) error {
+func (r *signedRelease) save(dir string, force bool, bundle, catalogue, names []byte) error {
+	stem := filepath.Join(dir, releaseStem(r.Product, r.Version, r.Architecture))
+	r.Bundle, r.Catalogue, r.Names = stem+extRelease, stem+extCatalogue, stem+extNames
 	for _, f := range []string{r.Bundle, r.Catalogue, r.Names} {
-		if !o.force && exists(f) {
+		if !force && exists(f) {
 			return hint(fmt.Errorf("%s is there already: %w", f, errs.Conflict), "--force overwrites it, --out chooses another directory")
 		}
 	}
-	if err := host.WriteFile(r.Catalogue, b.Catalogue, 0o644); err != nil {
+	if err := host.WriteFile(r.Catalogue, catalogue, 0o644); err != nil {
 		return err
 	}
-	if err := host.WriteFile(r.Names, b.Names, 0o644); err != nil {
+	if err := host.WriteFile(r.Names, names, 0o644); err != nil {
 		return err
 	}
 	return host.WriteFile(r.Bundle, bundle, 0o644)
@@ -251,6 +297,11 @@ func (r *signedRelease) write(w io.Writer) {
 		}
 	}
 	fmt.Fprintf(w, "\n  release %s\n", r.Release)
+	if d := r.Decision; d != nil && d.Breakglass {
+		fmt.Fprintf(w, "  BREAK-GLASS, past its gates, in ring %s until %s: %s\n", d.Ring, d.NotAfter.UTC().Format(time.RFC3339), d.Reason)
+	} else if d != nil {
+		fmt.Fprintf(w, "  %d checks passed, revision %s, for ring %s\n", len(d.Results), d.Revision, d.Ring)
+	}
 	for _, f := range []string{r.Bundle, r.Catalogue, r.Names} {
 		fmt.Fprintf(w, "  %s\n", shown(f))
 	}

@@ -1,10 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"os"
 
 	"ringwall/internal/agent"
 	"ringwall/internal/enforce"
+	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
+	"ringwall/internal/pki"
+	"ringwall/internal/signer"
+	"ringwall/internal/transparency"
 )
 
 // kernel is the engine as the agent sees it.
@@ -23,4 +31,74 @@ func openEngine(o enforce.Options) (agent.Enforcer, agent.Watcher, error) {
 		return nil, nil, errors.Join(err, e.Close())
 	}
 	return kernel{e}, e, nil
+}
+
+// signerInput is an artefact as the signer sees it.
+type signerInput struct{ *artefact }
+
+// Name implements signer.Input.
+func (i signerInput) Name() string { return i.name() }
+
+// Digest implements signer.Input.
+func (i signerInput) Digest() integrity.Digest { return i.digest() }
+
+// Package implements signer.Input.
+func (i signerInput) Package() (name, version, architecture string, ok bool) {
+	p, ok := i.pkg()
+	return p.Name, p.Version, p.Architecture, ok
+}
+
+// openInput is how the signer opens artefacts.
+func openInput(e *env) func(ctx context.Context, path string) (signer.Input, error) {
+	return func(ctx context.Context, path string) (signer.Input, error) {
+		a, err := openArtefact(ctx, e, path)
+		if err != nil {
+			return nil, err
+		}
+		return signerInput{a}, nil
+	}
+}
+
+// openPolicies takes one release policy, or a directory of them.
+func openPolicies(path string) (signer.Policies, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("release policy: %w", err)
+	}
+	if st.IsDir() {
+		return signer.PolicyDir(path), nil
+	}
+	p, err := signer.LoadPolicy(path)
+	if err != nil {
+		return nil, err
+	}
+	return signer.OnePolicy{Only: p}, nil
+}
+
+// openLog opens the transparency log to append to; without a directory there
+// is none, which an authority that has one does not allow.
+func openLog(a *pki.Authority, dir string) (pki.Recorder, func() error, error) {
+	nothing := func() error { return nil }
+	switch {
+	case dir == "" && a.Log == nil:
+		return nil, nothing, nil
+	case dir == "":
+		return nil, nothing, hint(fmt.Errorf("the authority has a transparency log, and nothing is believed that is not in it: %w", errs.NotFound), "--log DIR says where it is")
+	case a.Log == nil || a.LogKey == nil:
+		return nil, nothing, fmt.Errorf("transparency log %s: the authority has no log key here: %w", dir, errs.NotFound)
+	}
+	l, err := transparency.Open(dir, a.Log.LogKey, a.LogKey)
+	if err != nil {
+		return nil, nothing, err
+	}
+	return l, l.Close, nil
+}
+
+// openStamper returns the timestamp authority at a URL, or nil for the
+// authority's own.
+func openStamper(a *pki.Authority, url string) (pki.Stamper, error) {
+	if url == "" {
+		return nil, nil //nolint:nilnil // nil is the authority's own
+	}
+	return transparency.NewTSAClient(url, a.Roots(pki.PurposeBuild).TSAs)
 }

@@ -93,6 +93,8 @@ func (e *evaluation) approvals(b *Breakglass, evidence []*Evidence) {
 		}
 	}
 	slices.Sort(reasons)
+	slices.Sort(identities)
+	slices.SortFunc(r.Used, func(a, b Used) int { return strings.Compare(a.Identity, b.Identity) })
 	e.d.Reason = strings.Join(reasons, "; ")
 	r.Text = fmt.Sprintf("approved by %s: %s", strings.Join(identities, ", "), e.d.Reason)
 	switch {

@@ -157,7 +157,7 @@ func ReadGoTest(r io.Reader) (*Report, error) {
 			continue
 		}
 		var e struct{ Action, Package, ImportPath, Test string }
-		if line[0] != '{' || json.Unmarshal(line, &e) != nil {
+		if line[0] != '{' || json.Unmarshal(line, &e) != nil || e.Action == "" {
 			return nil, invalid("go test: line %d is no event: was it run with -json?", n)
 		}
 		if e.Action == "build-fail" {

@@ -218,7 +218,7 @@ func (s *Signer) read(ctx context.Context, o Order) (Input, *codesign.Built, err
 		return nil, nil, err
 	}
 	if built.Records == 0 {
-		return nil, nil, fmt.Errorf("nothing in %s is executable: %w", in.Name(), errs.Invalid)
+		return nil, nil, fmt.Errorf("nothing in it is executable: %w", errs.Invalid)
 	}
 	if in.Digest().IsZero() {
 		return nil, nil, fmt.Errorf("artefact %s has no digest: %w", in.Name(), errs.Invalid)
@@ -267,10 +267,16 @@ func (s *Signer) decide(o *Order, artefact integrity.Digest) (*gate.Policy, *gat
 			return nil, nil, err
 		}
 	}
+	return policy, Decide(policy, r, o.Evidence, o.Breakglass, s.Now()), nil
+}
+
+// Decide verifies evidence and asks a policy. What does not verify is listed
+// with what is ignored.
+func Decide(p *gate.Policy, r gate.Request, bundles []Evidence, breakglass bool, now time.Time) *gate.Decision {
 	var evidence []*gate.Evidence
 	var unread []gate.Ignored
-	for _, e := range o.Evidence {
-		v, err := gate.Open(e.Bundle, policy.Trust)
+	for _, e := range bundles {
+		v, err := gate.Open(e.Bundle, p.Trust)
 		if err != nil {
 			unread = append(unread, gate.Ignored{Label: e.Label, Reason: err.Error()})
 			continue
@@ -279,12 +285,12 @@ func (s *Signer) decide(o *Order, artefact integrity.Digest) (*gate.Policy, *gat
 		evidence = append(evidence, v)
 	}
 	evaluate := gate.Evaluate
-	if o.Breakglass {
+	if breakglass {
 		evaluate = gate.EvaluateBreakglass
 	}
-	d := evaluate(policy, r, evidence, s.Now())
+	d := evaluate(p, r, evidence, now)
 	d.Ignored = append(d.Ignored, unread...)
-	return policy, d, nil
+	return d
 }
 
 // sign is the only place that touches a key.
