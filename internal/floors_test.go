@@ -83,6 +83,8 @@ var floors = map[string][]string{
 
 	// The only process that holds a build key: it makes the catalogue itself and asks the gates before it signs.
 	"signer":  with(base, "integrity", "codesign", "gate", "kernelsig", "artefact", "transparency", "keystore", "notify"),
+	// For tests only; depguard keeps it out of everything else.
+	"testkit": {},
 	"control": slices.Concat(base, domain),
 	"httpapi": with(slices.Concat(base, domain), "control"),
 	"console": with(slices.Concat(base, domain), "control"),
@@ -131,6 +133,7 @@ var outside = map[string][]string{
 		"github.com/transparency-dev/tessera", "k8s.io/klog", // klog to silence tessera
 	},
 	"attest": {"github.com/google/go-tpm"},
+	"store":  {"github.com/jackc/pgx/v5", "modernc.org/sqlite"},
 }
 
 // junk are names that say nothing about what a package is for.
