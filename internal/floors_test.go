@@ -264,7 +264,7 @@ func (in *inspection) imports(p string, f *ast.File) {
 		first, _, _ := strings.Cut(im, "/")
 		switch {
 		case im == "testing" || strings.HasPrefix(im, "testing/"):
-			if internal || strings.HasPrefix(p, "cmd/") {
+			if internal && name != "testkit" || strings.HasPrefix(p, "cmd/") {
 				in.report(p, "must not import %s outside tests", im)
 			}
 		case !internal:
