@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -44,8 +45,12 @@ vouches for it. ` + "`ringwall status`" + ` says how far that is.`,
   ringwall agent`,
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
+			program, err := os.Executable()
+			if err != nil {
+				return err
+			}
 			a, err := agent.New(agent.Options{
-				StateDir: d.state, RunDir: d.run, Now: e.now, Open: openEngine, NoBytecode: noBytecode,
+				Program: program, StateDir: d.state, RunDir: d.run, Now: e.now, Open: openEngine, NoBytecode: noBytecode,
 				Log: slog.New(slog.NewTextHandler(e.stderr, nil)),
 			})
 			if err != nil {
@@ -54,7 +59,11 @@ vouches for it. ` + "`ringwall status`" + ` says how far that is.`,
 			if early {
 				return a.Early(c.Context())
 			}
-			return a.Run(c.Context())
+			if err := a.Run(c.Context()); err != nil || !a.Upgraded() {
+				return err
+			}
+			// the new agent in the same process, for the service manager and the kernel's guards
+			return fmt.Errorf("execute the new agent: %w", syscall.Exec(program, os.Args, os.Environ())) //nolint:gosec // installed and judged by the agent
 		},
 	}
 	d.flags(c)

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -63,6 +65,70 @@ func installSelf(root string) error {
 		return fmt.Errorf("install: %w", err)
 	}
 	return host.WriteFileFrom(to, self, 0o755)
+}
+
+func newHostUpgradeCommand(e *env) *cobra.Command {
+	var d hostDirs
+	c := &cobra.Command{
+		Use: "upgrade FILE", Short: "Replace this host's agent by a newer one, without a gap",
+		Long: `Hand the agent a new binary of Ringwall. While a policy is in force nobody but the
+agent can replace its program: it copies the file, looks whether the policy lets
+that content be the agent, installs it in its own place and executes it. What is
+in the kernel stays in force throughout, and the new agent takes it over.
+
+The policy has to say whose builds may be the agent, once:
+
+  programs:
+    - {rule: agent, match: {product: ringwall, files: ["*"]}, may: [agent]}
+
+and the release of the new binary must be authorised like any other.
+
+An initramfs that starts the agent early holds the old binary until it is made
+anew: update-initramfs -u.`,
+		Example: `  ringwall host add-release ringwall_1.2.0.release.json
+  ringwall host upgrade ./ringwall`,
+		Args: exactly("FILE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			file, err := filepath.Abs(args[0])
+			if err != nil {
+				return err
+			}
+			client := agent.NewClient(d.run)
+			var a agent.UpgradeAnswer
+			if err := client.Call(c.Context(), "upgrade", agent.UpgradeRequest{File: file}, &a); err != nil {
+				return startHint(err)
+			}
+			if err := tookOver(c.Context(), client, a.SHA256); err != nil {
+				return hint(err, "what is in the kernel stays in force; see journalctl -u ringwall-agent")
+			}
+			return e.emit(&a, func(w io.Writer) {
+				fmt.Fprintf(w, "%s is sha256 %s now, and has taken over\n", a.Program, a.SHA256)
+			})
+		},
+	}
+	d.flags(c)
+	return c
+}
+
+// upgradeWait is how long a new agent may take to start.
+const upgradeWait = 5 * time.Minute
+
+// tookOver waits until the agent with that content answers.
+func tookOver(ctx context.Context, client *agent.Client, sha256 string) error {
+	ctx, cancel := context.WithTimeout(ctx, upgradeWait)
+	defer cancel()
+	again := time.NewTicker(200 * time.Millisecond)
+	defer again.Stop()
+	for {
+		if s, err := client.Status(ctx); err == nil && s.Program == sha256 {
+			return nil
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return fmt.Errorf("the new agent is installed and does not answer: %w", ctx.Err())
+		}
+	}
 }
 
 func newHostUninstallCommand(e *env) *cobra.Command {

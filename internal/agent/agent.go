@@ -34,13 +34,12 @@ const (
 // Enforcer is what the agent asks of the kernel engine; *enforce.Engine is one.
 // The process has the agent's role on it.
 type Enforcer interface {
+	Guards
 	// Adopt gives running processes the roles of their programs and returns
 	// those processes.
 	Adopt(ctx context.Context) ([]enforce.Running, error)
 	// Apply puts a table in force, whole or not at all.
 	Apply(t *integrity.Table) error
-	// Guard keeps everyone but the agent from changing files and directories.
-	Guard(paths ...string) error
 	// Protect turns the guards on.
 	Protect() error
 	// Relax lets everything pass, with events, for a time; 0 ends that.
@@ -54,6 +53,17 @@ type Enforcer interface {
 	Canary(ctx context.Context) error
 }
 
+// Guards keep everyone but the agent from changing files and directories.
+type Guards interface {
+	// Guard adds to them.
+	Guard(paths ...string) error
+	// Unguard takes away from them; before a guarded file is removed, since
+	// guards go by inode numbers.
+	Unguard(paths ...string) error
+	// IsGuarded says whether an agent guarded a path before.
+	IsGuarded(path string) (bool, error)
+}
+
 // Watcher is what the engine tells; *enforce.Engine is one.
 type Watcher interface {
 	// Events calls fn for every event until ctx ends.
@@ -65,8 +75,6 @@ type Watcher interface {
 	// IsCanary says that an event is the agent's own proof, not an attack.
 	IsCanary(e enforce.Event) bool
 	Status() (enforce.Status, error)
-	// IsGuarded says whether an agent guarded a path before.
-	IsGuarded(path string) (bool, error)
 	// Close lets go; what is pinned goes on.
 	Close() error
 	// Remove takes everything out of the kernel.
@@ -81,7 +89,9 @@ type Options struct {
 	Now      func() time.Time
 	// NoBytecode leaves Python's byte code alone.
 	NoBytecode bool
-	usrLib     string // where Python's libraries are; "" is /usr/lib, tests have their own
+	// Program is where this agent's own program lies; "" if it is not to be replaced.
+	Program string
+	usrLib  string // where Python's libraries are; "" is /usr/lib, tests have their own
 	// Open puts the engine into the kernel, or takes over the one that is there.
 	Open func(enforce.Options) (Enforcer, Watcher, error)
 }
@@ -111,6 +121,7 @@ type Agent struct {
 	regime uint64
 	// unsettled: what is in force could not be stored yet; see settle.
 	unsettled bool
+	upgraded  bool
 	lost      bool              // no stored policy could be used
 	running   []enforce.Running // unlisted, when enforcement began
 	stop      context.CancelFunc
@@ -306,7 +317,7 @@ func (a *Agent) sameState() error {
 	if !st.Protected {
 		return nil
 	}
-	mine, err := a.watcher.IsGuarded(a.state.dir)
+	mine, err := a.enforcer.IsGuarded(a.state.dir)
 	if err != nil {
 		return err
 	}

@@ -412,7 +412,7 @@ func (a *Agent) recallModules() map[string]module {
 	if err != nil || !st.Protected {
 		return nil
 	}
-	if mine, err := a.watcher.IsGuarded(a.opts.RunDir); err != nil || !mine {
+	if mine, err := a.enforcer.IsGuarded(a.opts.RunDir); err != nil || !mine {
 		return nil
 	}
 	b, err := readFile(filepath.Join(a.opts.RunDir, fileModules), maxModuleFile)
@@ -519,7 +519,7 @@ func (w *pythons) home(ctx context.Context, program string) (host.PythonHome, er
 func (w *pythons) guardHome(dirs ...string) error {
 	a := w.a
 	if _, err := os.Lstat(dirs[0]); err == nil {
-		if mine, err := a.watcher.IsGuarded(dirs[len(dirs)-1]); err == nil && mine {
+		if mine, err := a.enforcer.IsGuarded(dirs[len(dirs)-1]); err == nil && mine {
 			return nil
 		}
 	}

@@ -132,6 +132,7 @@ func (c *control) routes() {
 	handle(c, "POST /v1/measure", func(ctx context.Context, r PackagesRequest) (MeasureAnswer, error) { return c.a.Measure(ctx, r.Files) })
 	handle(c, "POST /v1/canary", func(ctx context.Context, _ struct{}) (Canary, error) { return c.a.RunCanary(ctx) })
 	handle(c, "POST /v1/explain", c.a.Explain)
+	handle(c, "POST /v1/upgrade", c.a.Upgrade)
 	handle(c, "POST /v1/remove", func(ctx context.Context, _ struct{}) (struct{}, error) { return struct{}{}, c.a.Remove(ctx) })
 }
 
@@ -454,6 +455,9 @@ func (a *Agent) Remove(context.Context) error {
 	if err := a.watcher.Remove(); err != nil {
 		return fmt.Errorf("remove: %w", err)
 	}
-	time.AfterFunc(200*time.Millisecond, a.stop) // after the answer
+	a.stopSoon()
 	return nil
 }
+
+// stopSoon ends Run after the answer.
+func (a *Agent) stopSoon() { time.AfterFunc(200*time.Millisecond, a.stop) }

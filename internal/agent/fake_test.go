@@ -64,6 +64,13 @@ func (k *fakeKernel) Guard(p ...string) error {
 	return nil
 }
 
+func (k *fakeKernel) Unguard(p ...string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.guarded = slices.DeleteFunc(k.guarded, func(g string) bool { return slices.Contains(p, g) })
+	return nil
+}
+
 func (k *fakeKernel) Protect() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -113,15 +120,16 @@ func (k *fakeKernel) Events(ctx context.Context, fn func(enforce.Event)) error {
 
 // lab is a host with its own fleet's keys.
 type lab struct {
-	t      *testing.T
-	dir    string
-	keys   *pki.Authority
-	kernel *fakeKernel
-	agent  *Agent
-	clock  time.Time
-	mu     sync.Mutex
-	stop   func()
-	usrLib string // of Python, in place of /usr/lib
+	t       *testing.T
+	dir     string
+	keys    *pki.Authority
+	kernel  *fakeKernel
+	agent   *Agent
+	clock   time.Time
+	mu      sync.Mutex
+	stop    func()
+	program string // where the agent's own program lies
+	usrLib  string // of Python, in place of /usr/lib
 }
 
 func newLab(t *testing.T) *lab {
@@ -233,7 +241,7 @@ func (l *lab) start() {
 }
 
 func (l *lab) tryStart() error {
-	a, err := New(Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib})
+	a, err := New(Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib, Program: l.program})
 	if err != nil {
 		return err
 	}

@@ -91,13 +91,14 @@ const (
 	noticeStart   = "agent-starts"
 	noticePackage = "package"
 	noticeLog     = "log"
+	noticeUpgrade = "agent-upgraded"
 	noticeState   = "state-damaged" // a file of the state was, and another is used
 )
 
 // alerting says whether a notice is for someone to look at at once.
 func alerting(notice string) bool {
 	switch notice {
-	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState:
+	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState, noticeUpgrade:
 		return true
 	}
 	return false

@@ -16,6 +16,8 @@ type Status struct {
 	Text  string `json:"text"`  // the same for a person, with what to do
 	Host  string `json:"host"`
 	Agent bool   `json:"agent"` // an agent answers
+	// Program is the SHA-256 of the agent's program.
+	Program string `json:"program,omitempty"`
 	// Mechanism is how content is checked.
 	Mechanism string            `json:"mechanism,omitempty"`
 	Scope     string            `json:"scope,omitempty"` // cgroup; "" is the whole host
@@ -80,7 +82,7 @@ func (a *Agent) Status() Status {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := Status{
-		Host: a.state.Host(), Agent: true, NotCovered: enforce.Uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
+		Host: a.state.Host(), Agent: true, Program: a.self.String(), NotCovered: enforce.Uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
 		Problems: a.problem, Floor: a.floor.Describe(), Bytecode: a.bytecode.status,
 	}
 	s.State, s.Text = a.standing()

@@ -557,14 +557,13 @@ func (d *document) match(n *yaml.Node, where string) Match {
 
 func roleNames() map[string]Role {
 	return map[string]Role{
-		"jit": RoleJIT, "jit-shared": RoleJITShared, "bpf": RoleBPF, "debug": RoleDebug, "packages": RolePackages, "block": RoleBlock, "modules": RoleModules,
+		"agent": RoleAgent, "jit": RoleJIT, "jit-shared": RoleJITShared, "bpf": RoleBPF, "debug": RoleDebug, "packages": RolePackages, "block": RoleBlock, "modules": RoleModules,
 	}
 }
 
 // String names the roles, joined by commas; "none" if there are none.
 func (r Role) String() string {
 	names := roleNames()
-	names["agent"] = RoleAgent
 	var out []string
 	for _, s := range slices.Sorted(maps.Keys(names)) {
 		if r&names[s] != 0 {
@@ -589,6 +588,9 @@ func (d *document) program(n *yaml.Node, where string) {
 			d.NotEmpty(n, where)
 		}),
 	})
+	if r.May&RoleAgent != 0 && r.Match.Product == "" && len(r.Match.SHA256) == 0 {
+		d.Problem(n, where, "the agent's role to whatever has such a name", "add the product that is signed as, or sha256")
+	}
 	d.p.Programs = append(d.p.Programs, r)
 }
 
