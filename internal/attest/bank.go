@@ -169,6 +169,3 @@ func NewBank(a Alg, values [][]byte) (*Bank, error) {
 	}
 	return b, nil
 }
-
-// digest is the pcrDigest of a quote over the whole bank.
-func (b *Bank) digest() []byte { return b.Alg.sum(b.Values[:]...) }

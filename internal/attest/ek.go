@@ -46,7 +46,7 @@ func highPolicy(nameAlg tpm2.TPMAlgID) []byte {
 	if nameAlg == tpm2.TPMAlgSHA384 {
 		text = "b26e7d28d11a50bc53d882bcf5fd3a1a074148bb35d3b4e4cb1c0ad9bde419cacb47ba09699646150f9fc000f3f80e12"
 	}
-	d, _ := hex.DecodeString(text) //nolint:errcheck // constants, and a test
+	d, _ := hex.DecodeString(text)
 	return d
 }
 

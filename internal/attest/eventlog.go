@@ -259,7 +259,7 @@ func parseLegacyEvent(c *cursor, index int) (RawEvent, error) {
 	if err != nil {
 		return e, err
 	}
-	e.digests[0], e.count = taggedDigest{SHA1, c.bytes(uint64(SHA1.Size()))}, 1
+	e.digests[0], e.count = taggedDigest{SHA1, c.bytes(SHA1Size)}, 1
 	size := c.u32()
 	if size > maxEventData {
 		return e, tooLarge("event %d: %d bytes of data (at most %d)", index, size, maxEventData)
