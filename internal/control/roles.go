@@ -1,0 +1,268 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/rbac"
+	"ringwall/internal/resource"
+)
+
+// Types of the documents that say who may do what; Azure's.
+const (
+	TypeSubscription   = "Microsoft.Resources/subscriptions"
+	TypeGroup          = "Microsoft.Resources/subscriptions/resourceGroups"
+	TypeRoleDefinition = "Microsoft.Authorization/roleDefinitions"
+	TypeRoleAssignment = "Microsoft.Authorization/roleAssignments"
+	TypeDenyAssignment = "Microsoft.Authorization/denyAssignments"
+
+	kindRoleDefinition = "microsoft.authorization/roledefinitions"
+	kindRoleAssignment = "microsoft.authorization/roleassignments"
+	kindDenyAssignment = "microsoft.authorization/denyassignments"
+)
+
+func ownKinds() []Kind {
+	return []Kind{
+		{Type: TypeSubscription},
+		{Type: TypeGroup},
+		{Type: TypeRoleDefinition, Check: checkRole},
+		{Type: TypeRoleAssignment, Check: checkAssignment},
+		{Type: TypeDenyAssignment, Check: checkDeny},
+	}
+}
+
+// decision is rbac's, with the error that a refusal is.
+type decision struct {
+	rbac.Decision
+	err error
+}
+
+// can answers with the roles that the transaction sees.
+func (d *Door) can(ctx context.Context, tx Tx, by Actor, action string, on resource.ID) (decision, error) {
+	access, err := d.roles.at(ctx, tx)
+	if err != nil {
+		return decision{}, fmt.Errorf("read who may do what: %w", err)
+	}
+	out := decision{Decision: access.Can(&rbac.Request{Principal: by.ID, Groups: by.Groups, Action: action, Scope: on})}
+	if !out.Allowed {
+		out.err = fmt.Errorf("%s may not %s on %s: %s: %w", by.Name, action, on, out.Reason, errs.Denied)
+	}
+	return out, nil
+}
+
+// roleCache keeps the roles as of a revision, and reads them again when one of
+// the changes since then was about roles.
+type roleCache struct {
+	mu       sync.Mutex
+	access   *rbac.Access
+	revision uint64
+}
+
+func (c *roleCache) at(ctx context.Context, tx Tx) (*rbac.Access, error) {
+	now, err := tx.Revision(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.access != nil && now == c.revision {
+		return c.access, nil
+	}
+	if c.access != nil && now > c.revision {
+		same, err := c.untouched(ctx, tx)
+		if err != nil {
+			return nil, err
+		}
+		if same {
+			c.revision = now
+			return c.access, nil
+		}
+	}
+	access, err := readRoles(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	if c.access == nil || now > c.revision { // a transaction that sees an older state keeps its own
+		c.access, c.revision = access, now
+	}
+	return access, nil
+}
+
+// untouched reports whether no change since the cached revision was about roles.
+func (c *roleCache) untouched(ctx context.Context, tx Tx) (bool, error) {
+	const many = 200
+	changes, err := tx.Changes(ctx, c.revision, many)
+	if errors.Is(err, errs.NotFound) || len(changes) == many {
+		return false, nil
+	}
+	for i := range changes {
+		switch changes[i].Document.ID.Type() {
+		case kindRoleDefinition, kindRoleAssignment, kindDenyAssignment:
+			return false, err
+		}
+	}
+	return err == nil, err
+}
+
+func readRoles(ctx context.Context, tx Tx) (*rbac.Access, error) {
+	roles := rbac.BuiltIn()
+	var assignments []rbac.Assignment
+	var denies []rbac.Deny
+	err := errors.Join(
+		each(ctx, tx, kindRoleDefinition, func(d *resource.Document) error {
+			r, err := roleOf(d)
+			roles = append(roles, r)
+			return err
+		}),
+		each(ctx, tx, kindRoleAssignment, func(d *resource.Document) error {
+			a, err := assignmentOf(d)
+			assignments = append(assignments, a)
+			return err
+		}),
+		each(ctx, tx, kindDenyAssignment, func(d *resource.Document) error {
+			x, err := denyOf(d)
+			denies = append(denies, x)
+			return err
+		}),
+	)
+	if err != nil {
+		return nil, err
+	}
+	assignments = append(usable(roles, assignments), rbac.Assignment{ID: "break-glass", Role: rbac.Owner, Principal: BreakGlass})
+	return rbac.New(roles, assignments, denies, nil)
+}
+
+// BreakGlass is the object id of the local administrator, who is made at the
+// first start and owns everything: no change of roles can lock everybody out.
+const BreakGlass = "ringwall-break-glass"
+
+// usable leaves out assignments of roles that are gone or were narrowed since:
+// they grant nothing.
+func usable(roles []*rbac.Role, as []rbac.Assignment) []rbac.Assignment {
+	byID := map[string]*rbac.Role{}
+	for _, r := range roles {
+		byID[strings.ToLower(r.ID)] = r
+	}
+	return slices.DeleteFunc(as, func(a rbac.Assignment) bool {
+		r := byID[strings.ToLower(a.Role)]
+		return r == nil || !r.AssignableAt(a.Scope, nil)
+	})
+}
+
+// each visits every document of a type.
+func each(ctx context.Context, tx Tx, kind string, visit func(*resource.Document) error) error {
+	q := resource.Query{Type: kind, Limit: resource.MaxPage}
+	for {
+		page, err := tx.List(ctx, q)
+		if err != nil {
+			return err
+		}
+		for i := range page {
+			if err := visit(&page[i]); err != nil {
+				return fmt.Errorf("%s: %w", page[i].ID, err)
+			}
+		}
+		if len(page) < q.Limit {
+			return nil
+		}
+		q.After = page[len(page)-1].ID.Key()
+	}
+}
+
+func roleOf(d *resource.Document) (*rbac.Role, error) {
+	envelope, err := json.Marshal(map[string]any{"id": d.ID, "name": d.ID.Name(), "properties": d.Properties})
+	if err != nil {
+		return nil, fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+	}
+	r, err := rbac.ParseRole(envelope)
+	if err == nil && !r.Custom {
+		err = fmt.Errorf("only Ringwall itself has built-in roles; type must be CustomRole: %w", errs.Invalid)
+	}
+	return r, err
+}
+
+func assignmentOf(d *resource.Document) (rbac.Assignment, error) {
+	var p struct {
+		Role      resource.ID `json:"roleDefinitionId"`
+		Principal string      `json:"principalId"`
+		Condition string      `json:"condition"`
+	}
+	if err := json.Unmarshal(d.Properties, &p); err != nil {
+		return rbac.Assignment{}, fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+	}
+	return rbac.Assignment{ID: d.ID.String(), Scope: d.ID.Parent(), Role: p.Role.Name(), Principal: p.Principal, Condition: p.Condition}, nil
+}
+
+func denyOf(d *resource.Document) (rbac.Deny, error) {
+	type principal struct {
+		ID string `json:"id"`
+	}
+	var p struct {
+		Name        string            `json:"denyAssignmentName"`
+		Permissions []rbac.Permission `json:"permissions"`
+		Principals  []principal       `json:"principals"`
+		Except      []principal       `json:"excludePrincipals"`
+		ThisScope   bool              `json:"doNotApplyToChildScopes"`
+	}
+	if err := json.Unmarshal(d.Properties, &p); err != nil {
+		return rbac.Deny{}, fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+	}
+	ids := func(ps []principal) (out []string) {
+		for _, x := range ps {
+			out = append(out, x.ID)
+		}
+		return out
+	}
+	return rbac.Deny{
+		ID: d.ID.String(), Name: p.Name, Scope: d.ID.Parent(), Permissions: p.Permissions,
+		Principals: ids(p.Principals), Except: ids(p.Except), ThisScope: p.ThisScope,
+	}, nil
+}
+
+func checkRole(_ context.Context, _ Tx, _, d *resource.Document) error {
+	r, err := roleOf(d)
+	if err != nil {
+		return err
+	}
+	for _, b := range rbac.BuiltIn() {
+		if b.ID == r.ID {
+			return fmt.Errorf("%s is the id of the built-in role %s: %w", r.ID, b.Name, errs.Conflict)
+		}
+	}
+	return nil
+}
+
+// checkAssignment makes sure that the role exists and may be assigned there: a
+// stored assignment that could not be read would lock everybody out.
+func checkAssignment(ctx context.Context, tx Tx, _, d *resource.Document) error {
+	a, err := assignmentOf(d)
+	if err != nil {
+		return err
+	}
+	roles := rbac.BuiltIn()
+	err = each(ctx, tx, kindRoleDefinition, func(d *resource.Document) error {
+		r, err := roleOf(d)
+		roles = append(roles, r)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	_, err = rbac.New(roles, []rbac.Assignment{a}, nil, nil)
+	return err
+}
+
+func checkDeny(_ context.Context, _ Tx, _, d *resource.Document) error {
+	x, err := denyOf(d)
+	if err != nil {
+		return err
+	}
+	_, err = rbac.New(nil, nil, []rbac.Deny{x}, nil)
+	return err
+}
