@@ -118,6 +118,9 @@ func printStatus(out io.Writer, s *agent.Status) {
 	for _, x := range s.NotCovered {
 		row("not covered", "%s: %s (fix: %s)", x.What, x.Why, x.Fix)
 	}
+	for _, x := range s.Boot {
+		row("next boot", "%s", x)
+	}
 	for _, x := range s.Problems {
 		row("problem", "%s", x)
 	}

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +31,10 @@ const (
 	canaryEvery = 5 * time.Minute
 	tickEvery   = 20 * time.Second
 )
+
+// stepWait is how long the service manager is asked to wait for the next step of
+// a start: there is no limit to a start that goes on, however slow the machine.
+const stepWait = 15 * time.Minute
 
 // Enforcer is what the agent asks of the kernel engine; *enforce.Engine is one.
 // The process has the agent's role on it.
@@ -126,6 +131,7 @@ type Agent struct {
 	running   []enforce.Running // unlisted, when enforcement began
 	stop      context.CancelFunc
 	volumes   map[uint64]integrity.Digest
+	boot      []string // what was told of BootOverrides
 	problem   []string // what went wrong and has not been put right
 }
 
@@ -202,6 +208,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	a.stop = stop
+	a.step("kernel programs")
 	if err := a.open(); err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
@@ -234,9 +241,31 @@ func (a *Agent) Run(ctx context.Context) error {
 		workers.Go(func() { a.bytecode.run(ctx) })
 	}
 	now := a.Status()
-	_ = host.Notify("READY=1\nSTATUS=" + now.State + ": " + now.Text)
+	workers.Go(func() { tellReady(ctx, now) })
 	a.log.InfoContext(ctx, "agent runs", slog.String("state", now.State), slog.String("text", now.Text), slog.String("host", now.Host))
 	return a.look(ctx, failed)
+}
+
+// step tells the service manager that the start goes on.
+func (a *Agent) step(what string) {
+	if !a.applied.IsZero() {
+		return // it was started already
+	}
+	_ = host.Notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d\nSTATUS=starting: %s", stepWait.Microseconds(), what)) // the next step tells it again
+}
+
+// tellReady tells the service manager that the start is over, until it has
+// heard it: one that is busy does not, and would end the agent for that.
+func tellReady(ctx context.Context, now Status) {
+	again := time.NewTicker(100 * time.Millisecond)
+	defer again.Stop()
+	for host.Notify("READY=1\nSTATUS="+now.State+": "+now.Text) != nil {
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // Early puts the confirmed policy into the kernel and ends: what is pinned goes
@@ -334,6 +363,7 @@ func (a *Agent) begin(ctx context.Context) error {
 	if err := a.trustVolumes(); err != nil {
 		a.note("dm-verity volumes: " + err.Error())
 	}
+	a.step("policy")
 	l, err := a.confirmed(a.recallModules())
 	if errors.Is(err, errs.NotFound) {
 		a.log.WarnContext(ctx, "no policy yet: nothing is enforced until `ringwall host apply`")
@@ -359,6 +389,7 @@ func (a *Agent) begin(ctx context.Context) error {
 	if err := a.enact(ctx, l); err != nil {
 		return err
 	}
+	a.step("processes")
 	err = a.settle(ctx, l)
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		a.note(err.Error()) // it is enforced all the same, and without an agent nobody would tell
@@ -381,9 +412,11 @@ func (a *Agent) tellEarly() {
 // enact puts a policy in force and proves it; on failure the one before it is
 // put back.
 func (a *Agent) enact(ctx context.Context, l *loaded) error {
+	a.step("table")
 	if err := a.enforcer.Apply(l.compiled.Table); err != nil {
 		return err
 	}
+	a.step("proof")
 	before := a.loaded
 	if before == nil || before.signed.Digest != l.signed.Digest {
 		a.regime++
@@ -491,6 +524,7 @@ func (a *Agent) tend(ctx context.Context) {
 	if err := a.trustVolumes(); err != nil {
 		a.log.WarnContext(ctx, "dm-verity volumes", slog.Any("error", err))
 	}
+	a.tellBoot()
 	if a.loaded == nil {
 		return
 	}
@@ -508,6 +542,21 @@ func (a *Agent) tend(ctx context.Context) {
 		_ = a.prove(ctx) // kept in a.canary, told by notice
 	}
 	_ = host.Notify("STATUS=" + a.headline())
+}
+
+// tellBoot raises an alert when something new would change how the agent starts
+// at the next boot: a drop-in, a mask, another init.
+func (a *Agent) tellBoot() {
+	if a.state.Settings().Scope != "" {
+		return
+	}
+	now := host.BootOverrides("/")
+	for _, x := range now {
+		if !slices.Contains(a.boot, x) {
+			a.pipe.notice(noticeBoot, "the next boot may be without the agent, or with another start of it: "+x)
+		}
+	}
+	a.boot = now
 }
 
 // recompile puts the policy in force again with what is stored now.

@@ -91,6 +91,7 @@ const (
 	noticeStart   = "agent-starts"
 	noticePackage = "package"
 	noticeLog     = "log"
+	noticeBoot    = "boot" // something changes how the agent starts at the next boot
 	noticeUpgrade = "agent-upgraded"
 	noticeState   = "state-damaged" // a file of the state was, and another is used
 )
@@ -98,7 +99,7 @@ const (
 // alerting says whether a notice is for someone to look at at once.
 func alerting(notice string) bool {
 	switch notice {
-	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState, noticeUpgrade:
+	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState, noticeUpgrade, noticeBoot:
 		return true
 	}
 	return false

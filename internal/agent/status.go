@@ -37,6 +37,7 @@ type Status struct {
 	NotCovered []enforce.Problem `json:"not_covered,omitempty"`
 	Unlisted   []RunningProcess  `json:"running_unlisted,omitempty"` // ran before, would not be allowed to start
 	Knobs      []KnobStatus      `json:"knobs,omitempty"`            // only those that are not as wanted
+	Boot       []string          `json:"boot_overrides,omitempty"`   // what can keep the agent from starting at the next boot
 	Problems   []string          `json:"problems,omitempty"`
 	Floor      string            `json:"epoch_floor,omitempty"`
 }
@@ -84,6 +85,9 @@ func (a *Agent) Status() Status {
 	s := Status{
 		Host: a.state.Host(), Agent: true, Program: a.self.String(), NotCovered: enforce.Uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
 		Problems: a.problem, Floor: a.floor.Describe(), Bytecode: a.bytecode.status,
+	}
+	if s.Scope == "" {
+		s.Boot = host.BootOverrides("/")
 	}
 	s.State, s.Text = a.standing()
 	if k, err := a.watcher.Status(); err == nil {

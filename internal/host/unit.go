@@ -68,12 +68,15 @@ func bootFiles() []bootFile {
 	}
 }
 
-// BootPaths are the files that InstallBoot writes, and the program that they
-// start: what has to stay for enforcement to be there after the next boot.
+// BootPaths are what InstallBoot writes and makes, and the program that this
+// starts: what has to stay for enforcement to be there after the next boot.
 func BootPaths() []string {
 	out := []string{"/usr/bin/ringwall", "/" + wantPath}
 	for _, f := range bootFiles() {
 		out = append(out, "/"+f.path)
+	}
+	for _, d := range dropInDirs() {
+		out = append(out, "/"+d)
 	}
 	return out
 }
@@ -99,6 +102,11 @@ func InstallBoot(root string) (BootReport, error) {
 			return r, fmt.Errorf("install %s: %w", f.path, err)
 		}
 	}
+	for _, d := range dropInDirs() {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil { //nolint:gosec // as the system has them
+			return r, fmt.Errorf("install %s: %w", d, kindOf(err))
+		}
+	}
 	if err := installLink(root, &r); err != nil {
 		return r, fmt.Errorf("install %s: %w", wantPath, err)
 	}
@@ -114,6 +122,9 @@ func RemoveBoot(root string) (BootReport, error) {
 			return r, err
 		}
 		r.Changed = append(r.Changed, "/"+wantPath)
+	}
+	for _, d := range dropInDirs() {
+		_ = os.Remove(filepath.Join(root, d)) // if nobody put anything there
 	}
 	for _, f := range bootFiles() {
 		name := filepath.Join(root, f.path)
