@@ -265,8 +265,53 @@ type directory struct {
 	names []string // base names, sorted
 }
 
-// folded groups a finding's members by directory, the fullest first.
-func (f *Finding) folded() []directory {
+// depth is how many directories lie above its files.
+func (d *directory) depth() int {
+	if d.name == "." {
+		return 0
+	}
+	return 1 + strings.Count(d.name, "/")
+}
+
+// folded groups a finding's members by directory, the fullest first. With a
+// limit, the deepest are merged into their parents until there are that many.
+func (f *Finding) folded(limit int) []directory {
+	out := f.byDirectory()
+	for limit > 0 && len(out) > limit {
+		at := map[string]int{}
+		var merged []directory
+		deepest := 0
+		for _, d := range out {
+			deepest = max(deepest, d.depth())
+		}
+		if deepest == 0 {
+			break
+		}
+		for _, d := range out {
+			parent, deep := d.name, d.depth() == deepest
+			if deep {
+				parent = path.Dir(d.name)
+			}
+			i, ok := at[parent]
+			if !ok {
+				i = len(merged)
+				at[parent] = i
+				merged = append(merged, directory{name: parent})
+			}
+			for _, n := range d.names {
+				if deep {
+					n = path.Base(d.name) + "/" + n
+				}
+				merged[i].names = append(merged[i].names, n)
+			}
+		}
+		out = merged
+	}
+	slices.SortStableFunc(out, func(a, b directory) int { return len(b.names) - len(a.names) })
+	return out
+}
+
+func (f *Finding) byDirectory() []directory {
 	at := map[string]int{}
 	var out []directory
 	for _, m := range f.Members {
@@ -284,7 +329,6 @@ func (f *Finding) folded() []directory {
 			out[i].names = append(out[i].names, base)
 		}
 	}
-	slices.SortStableFunc(out, func(a, b directory) int { return len(b.names) - len(a.names) })
 	return out
 }
 

@@ -134,7 +134,7 @@ func (r *Report) results(f *Finding) []sarifResult {
 		}
 		return res
 	}
-	dirs := f.folded()
+	dirs := f.folded(0)
 	if len(dirs) == 0 {
 		return []sarifResult{one("", "", []string{r.Artefact.Name})}
 	}
@@ -271,7 +271,7 @@ func (r *Report) junitCase(n int) junitCase {
 			continue
 		}
 		line := fmt.Sprintf("%s %s: %s. Fix: %s", f.Severity, f.ID, f.Cause, f.Fix)
-		for i, d := range f.folded() {
+		for i, d := range f.folded(foldTo) {
 			if i == shownDirectories {
 				line += "\n    …"
 				break

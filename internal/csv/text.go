@@ -12,6 +12,7 @@ import (
 const (
 	shownDirectories = 8
 	shownNames       = 4
+	foldTo           = 16 // directories
 )
 
 // Quote makes a name from a build safe to print; it is the caller's, who knows
@@ -94,7 +95,7 @@ func (r *Report) finding(w io.Writer, f *Finding, quote Quote) {
 	if where := r.where(f); where != "" {
 		fmt.Fprintf(w, "      where: %s\n", where)
 	}
-	dirs := f.folded()
+	dirs := f.folded(foldTo)
 	for i, d := range dirs {
 		if i == shownDirectories {
 			fmt.Fprintf(w, "      … and %d more directories\n", len(dirs)-i)
@@ -149,7 +150,7 @@ func (r *Report) WriteMarkdown(w io.Writer) {
 			fmt.Fprintf(w, " (%s)", m(where))
 		}
 		fmt.Fprintf(w, "  \n  fix: %s\n", m(f.Fix))
-		for i, d := range f.folded() {
+		for i, d := range f.folded(foldTo) {
 			if i == shownDirectories {
 				fmt.Fprintln(w, "  - …")
 				break

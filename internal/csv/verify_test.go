@@ -283,16 +283,18 @@ func TestVerify_failsClosed(t *testing.T) {
 	}
 }
 
+// failing is a policy that cannot be loaded.
+func failing(err error) func(context.Context) (*csv.Live, error) {
+	return func(context.Context) (*csv.Live, error) { return nil, err }
+}
+
 func TestVerify_hold(t *testing.T) {
 	l := newLab(t)
 	src := codesign.DirSource(tree(map[string]string{"a.py": "a"}))
 	rel := l.sign(src, codesign.ReleaseInfo{})
 	good := cell("canary", 1, l.policy("base", 1, "enforce", allowFleet))
-	failing := func(err error) csv.Cell {
-		return csv.Cell{Ring: "prod", Hosts: 9, Load: func(context.Context) (*csv.Live, error) { return nil, err }}
-	}
 	for _, err := range []error{fmt.Errorf("base.yaml: %w", errs.Invalid), fs.ErrNotExist} {
-		r := l.verify(src, rel, csv.Options{}, good, failing(err))
+		r := l.verify(src, rel, csv.Options{}, good, csv.Cell{Ring: "prod", Hosts: 9, Load: failing(err)})
 		wantFindings(t, r, map[csv.ID][]string{csv.UnloadablePolicy: {"hold [1] "}})
 		if r.Exit(false) != csv.ExitHold || !r.Cells[1].Unloaded || r.Cells[0].Outcome != csv.Note {
 			t.Errorf("exit %d, %+v", r.Exit(false), r.Cells)
