@@ -1,7 +1,7 @@
 package main
 
 import (
-	"bytes"
+	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -18,17 +19,16 @@ import (
 
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
+	"ringwall/internal/keystore"
 	"ringwall/internal/pki"
 )
-
-const maxPassphrase = 1 << 10
 
 func newKeyCommand(e *env) *cobra.Command {
 	return newGroup("key", groupSign, "Make and show the keys that sign builds and policies",
 		`A fleet has one authority: a directory with a root, one issuing CA for each
 purpose (builds, policies, permits) and a timestamp authority. Hosts trust the
 issuing CAs that their policy names, never the root.`,
-		newKeyInitCommand(e), newKeyShowCommand(e), newKeyTrustCommand(e), newKeySigstoreRootCommand(e))
+		newKeyInitCommand(e), newKeyAddCommand(e), newKeyAdoptCommand(e), newKeyShowCommand(e), newKeyTrustCommand(e), newKeySigstoreRootCommand(e))
 }
 
 // keyFile is a key of an authority, for people.
@@ -51,7 +51,7 @@ func keyFiles() []keyFile {
 // passphraseFlag adds --passphrase-file. A passphrase is never an argument,
 // which every process on the machine can read.
 func passphraseFlag(c *cobra.Command, file *string) {
-	c.Flags().StringVar(file, "passphrase-file", "", "read the keys' passphrase from the first line of `FILE` (- for standard input)")
+	c.Flags().StringVar(file, "passphrase-file", "", "read the keys' passphrase, or the token's PIN, from the first line of `FILE` (- for standard input, env:NAME, credential:NAME for one of systemd's)")
 }
 
 // readPassphrase returns nil when no file is named.
@@ -59,33 +59,114 @@ func readPassphrase(e *env, file string) ([]byte, error) {
 	if file == "" {
 		return nil, nil
 	}
-	in := e.stdin
-	if file != "-" {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, fmt.Errorf("passphrase: %w", err)
+	var secret []byte
+	var err error
+	name, isEnv := strings.CutPrefix(file, "env:")
+	credential, isCredential := strings.CutPrefix(file, "credential:")
+	switch {
+	case file == "-":
+		secret, err = keystore.FirstLine(e.stdin)
+	case isEnv:
+		secret, err = keystore.FirstLine(strings.NewReader(e.getenv(name)))
+	case isCredential:
+		dir := e.getenv("CREDENTIALS_DIRECTORY")
+		if dir == "" || credential != filepath.Base(credential) {
+			return nil, fmt.Errorf("passphrase: systemd gave no credential %q to this process: %w", credential, errs.NotFound)
 		}
-		defer f.Close()
-		st, err := f.Stat()
-		if err != nil {
-			return nil, fmt.Errorf("passphrase: %w", err)
+		secret, err = keystore.ReadSecret(filepath.Join(dir, credential))
+	default:
+		if secret, err = keystore.ReadSecret(file); errors.Is(err, errs.Denied) {
+			err = hint(err, "chmod 0600 %s", file)
 		}
-		if st.Mode().IsRegular() && st.Mode().Perm()&0o077 != 0 {
-			return nil, hint(fmt.Errorf("passphrase: mode %04o of %s lets others read it: %w", st.Mode().Perm(), file, errs.Denied),
-				"chmod 0600 %s", file)
-		}
-		in = f
 	}
-	b, err := io.ReadAll(io.LimitReader(in, maxPassphrase+1))
 	if err != nil {
-		return nil, fmt.Errorf("passphrase: %w", err)
+		return nil, fmt.Errorf("passphrase from %s: %w", file, err)
 	}
-	line, _, _ := bytes.Cut(b, []byte("\n"))
-	line = bytes.TrimSuffix(line, []byte("\r"))
-	if len(line) == 0 || len(b) > maxPassphrase {
-		return nil, fmt.Errorf("passphrase: %s is empty or longer than %d bytes: %w", file, maxPassphrase, errs.Invalid)
+	return secret, nil
+}
+
+// keyOpener opens keys in tokens. Their PIN is where their URI says, and
+// otherwise the passphrase.
+func keyOpener(e *env, pass []byte) pki.KeyOpener {
+	return func(uri string) (crypto.Signer, error) {
+		pin, err := pinOf(e, uri, pass)
+		if err != nil {
+			return nil, err
+		}
+		return keystore.Open(uri, pin)
 	}
-	return line, nil
+}
+
+func pinOf(e *env, uri string, pass []byte) ([]byte, error) {
+	if !strings.HasPrefix(uri, "pkcs11:") {
+		return pass, nil
+	}
+	u, err := keystore.ParseURI(uri)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case strings.HasPrefix(u.PINSource, "env:"), strings.HasPrefix(u.PINSource, "credential:"):
+		return readPassphrase(e, u.PINSource)
+	case u.PINSource != "":
+		return nil, nil // a file, which keystore reads
+	}
+	return pass, nil
+}
+
+// authorityOptions says how to make keys: in files, or where URIs say, each for
+// one key (build-ca=pkcs11:…) or for all (pkcs11:…).
+func authorityOptions(e *env, passphraseFile string, uris []string) (*pki.AuthorityOptions, error) {
+	pass, err := readPassphrase(e, passphraseFile)
+	if err != nil {
+		return nil, err
+	}
+	o := &pki.AuthorityOptions{Passphrase: pass, Now: e.now, OpenKey: keyOpener(e, pass)}
+	places := map[string]string{}
+	for _, s := range uris {
+		if s == "" {
+			continue
+		}
+		stem, uri := "", s
+		if !strings.HasPrefix(s, "pkcs11:") {
+			stem, uri, _ = strings.Cut(s, "=")
+		}
+		u, err := keystore.ParseURI(uri)
+		if err != nil {
+			return nil, usage(fmt.Errorf("--key-uri: %w", err))
+		}
+		if stem != "" && u.Object == "" {
+			u.Object = stem
+		}
+		if stem == "" && u.Object != "" {
+			return nil, usage(errors.New("--key-uri: object= is for one key; write KEY=pkcs11:…"))
+		}
+		places[stem] = u.String()
+	}
+	if len(places) == 0 {
+		return o, nil
+	}
+	o.NewKey = func(stem string) (crypto.Signer, string, error) {
+		uri, ok := places[stem]
+		if !ok {
+			if uri, ok = places[""]; !ok {
+				return nil, "", nil // a file
+			}
+			u, err := keystore.ParseURI(uri)
+			if err != nil {
+				return nil, "", err
+			}
+			u.Object = stem
+			uri = u.String()
+		}
+		pin, err := pinOf(e, uri, pass)
+		if err != nil {
+			return nil, "", err
+		}
+		k, err := keystore.Generate(uri, pin)
+		return k, uri, err
+	}
+	return o, nil
 }
 
 // loadAuthority reads an authority to sign with.
@@ -94,7 +175,7 @@ func loadAuthority(e *env, dir, passphraseFile string) (*pki.Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := pki.LoadAuthority(dir, pass, e.now)
+	a, err := pki.LoadAuthorityKeys(dir, pass, e.now, keyOpener(e, pass))
 	switch {
 	case errors.Is(err, errs.NotFound):
 		err = hint(err, "make keys with: ringwall key init %s --name \"Example Fleet\"", shown(dir))
@@ -133,24 +214,34 @@ func defaultIdentity(a *pki.Authority, p pki.Purpose) string {
 
 func newKeyInitCommand(e *env) *cobra.Command {
 	var name, passphraseFile string
+	var uris []string
 	c := &cobra.Command{
 		Use:   "init DIR --name NAME",
 		Short: "Make the keys of a fleet",
-		Long: `Makes a directory with the root, the issuing CAs for builds, policies and
-permits, and a timestamp authority: certificates (.crt, public) and keys (.key,
-mode 0600, encrypted when a passphrase is given). It never changes a directory
-that holds an authority already.
+		Long: `Makes a directory with the root, an issuing CA for each purpose, and a timestamp
+authority: certificates (.crt, public) and keys (.key, mode 0600, encrypted when a
+passphrase is given). It never changes a directory that holds an authority already.
+
+With --key-uri keys are made in a token (HSM) and cannot leave it; the directory
+then has a .uri file in the place of the .key file. Give it once for all keys, or
+as KEY=URI for one: root, build-ca, policy-ca, permit-ca, attest-ca,
+breakglass-ca, tsa. The PIN is read from where the URI's pin-source says
+(file:PATH, env:NAME, credential:NAME), otherwise from --passphrase-file; it is
+never an argument. This takes a ringwall with PKCS#11: ./build --pkcs11.
 
 JSON: {"directory", "files": [{"file", "signs", "keep"}]}`,
 		Example: `  ringwall key init keys --name "Example Fleet"
-  ringwall key init keys --name "Example Fleet" --passphrase-file /run/secrets/pass`,
+  ringwall key init keys --name "Example Fleet" --passphrase-file /run/secrets/pass
+  ringwall-pkcs11 key init keys --name "Example Fleet" \
+      --key-uri 'pkcs11:token=fleet?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin'`,
 		Args: exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			pass, err := readPassphrase(e, passphraseFile)
+			o, err := authorityOptions(e, passphraseFile, uris)
 			if err != nil {
 				return err
 			}
-			if _, err := pki.CreateAuthority(args[0], pki.AuthorityOptions{Name: name, Passphrase: pass, Now: e.now}); err != nil {
+			o.Name = name
+			if _, err := pki.CreateAuthority(args[0], *o); err != nil {
 				if errors.Is(err, errs.Conflict) {
 					err = hint(err, "look at it with: ringwall key show %s", shown(args[0]))
 				}
@@ -165,8 +256,15 @@ JSON: {"directory", "files": [{"file", "signs", "keep"}]}`,
 				Directory string `json:"directory"`
 				Files     []file `json:"files"`
 			}{Directory: args[0]}
+			inFiles := false
 			for _, k := range keyFiles() {
-				out.Files = append(out.Files, file{k.stem + ".key", k.signs, k.keep})
+				name := k.stem + ".key"
+				if exists(filepath.Join(args[0], k.stem+".uri")) {
+					name = k.stem + ".uri"
+				} else {
+					inFiles = true
+				}
+				out.Files = append(out.Files, file{name, k.signs, k.keep})
 			}
 			if err := e.emit(out, func(w io.Writer) {
 				for _, f := range out.Files {
@@ -175,17 +273,110 @@ JSON: {"directory", "files": [{"file", "signs", "keep"}]}`,
 			}); err != nil {
 				return err
 			}
-			if pass == nil {
+			if o.Passphrase == nil && inFiles {
 				e.notef("The keys are not encrypted; --passphrase-file would do that.")
 			}
-			e.notef("Next: move root.key offline, then write a policy: ringwall policy init --keys %s --name base", shown(args[0]))
+			e.notef("Next: move the root's key offline, then write a policy: ringwall policy init --keys %s --name base", shown(args[0]))
 			return nil
 		},
 	}
 	c.Flags().StringVar(&name, "name", "", "the fleet's `NAME`, which stands in every certificate")
 	passphraseFlag(c, &passphraseFile)
+	f := c.Flags()
+	f.StringArrayVar(&uris, "key-uri", nil, "make keys in the token that the pkcs11: `[KEY=]URI` names; repeat")
 	require(c, "name")
 	return c
+}
+
+func newKeyAddCommand(e *env) *cobra.Command {
+	var passphraseFile string
+	var uris []string
+	c := &cobra.Command{
+		Use:   "add DIR",
+		Short: "Add what an older authority lacks",
+		Long: `Adds the issuing CAs that this version of Ringwall knows and the authority lacks.
+It needs the root's key, so bring it for this. Where nothing is missing nothing is
+done; hosts trust a new CA when a policy says so.
+
+JSON: {"directory", "added": ["build-ca.crt"]}`,
+		Example: "  ringwall key add keys --passphrase-file /run/secrets/pass",
+		Args:    exactly("DIR"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			o, err := authorityOptions(e, passphraseFile, uris)
+			if err != nil {
+				return err
+			}
+			added, err := pki.ExtendAuthority(args[0], *o)
+			if err != nil {
+				return err
+			}
+			out := struct {
+				Directory string   `json:"directory"`
+				Added     []string `json:"added"`
+			}{args[0], []string{}}
+			for _, p := range added {
+				out.Added = append(out.Added, p.String()+"-ca.crt")
+			}
+			return e.emit(out, func(w io.Writer) {
+				for _, f := range out.Added {
+					fmt.Fprintf(w, "%s\n", filepath.Join(args[0], f))
+				}
+				if len(out.Added) == 0 {
+					fmt.Fprintln(w, "nothing is missing")
+				}
+			})
+		},
+	}
+	passphraseFlag(c, &passphraseFile)
+	c.Flags().StringArrayVar(&uris, "key-uri", nil, "make keys in the token that the pkcs11: `[KEY=]URI` names; repeat")
+	return c
+}
+
+func newKeyAdoptCommand(e *env) *cobra.Command {
+	var passphraseFile string
+	c := &cobra.Command{
+		Use:   "adopt DIR KEY URI",
+		Short: "Use a key of the authority that is in a token now",
+		Long: `Says where the key of a certificate is: after it was imported into a token, or on
+a machine whose token holds it. The key must be the certificate's. KEY is root,
+build-ca, policy-ca, permit-ca, attest-ca, breakglass-ca, tsa or log; a file
+KEY.key must be moved away first.
+
+JSON: {"file", "uri"}`,
+		Example: `  ringwall-pkcs11 key adopt keys build-ca 'pkcs11:token=fleet;object=build-ca?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin'`,
+		Args:    exactly("DIR", "KEY", "URI"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			pass, err := readPassphrase(e, passphraseFile)
+			if err != nil {
+				return err
+			}
+			if err := adoptable(args[1]); err != nil {
+				return err
+			}
+			if err := pki.AdoptKey(args[0], args[1], args[2], keyOpener(e, pass)); err != nil {
+				return err
+			}
+			out := struct {
+				File string `json:"file"`
+				URI  string `json:"uri"`
+			}{filepath.Join(args[0], args[1]+".uri"), args[2]}
+			return e.emit(out, func(w io.Writer) { fmt.Fprintf(w, "%s\n", shown(out.File)) })
+		},
+	}
+	passphraseFlag(c, &passphraseFile)
+	return c
+}
+
+// adoptable keeps a key's name from being a path.
+func adoptable(stem string) error {
+	names := []string{"log"}
+	for _, k := range keyFiles() {
+		names = append(names, k.stem)
+	}
+	if !slices.Contains(names, stem) {
+		return usage(fmt.Errorf("KEY %q: want one of %s", stem, strings.Join(names, ", ")))
+	}
+	return nil
 }
 
 // keyInfo is a certificate of an authority, and its key.
@@ -196,7 +387,7 @@ type keyInfo struct {
 	NotBefore   time.Time `json:"not_before"`
 	NotAfter    time.Time `json:"not_after"`
 	Fingerprint string    `json:"fingerprint"` // SHA-256, as openssl gives it
-	Key         string    `json:"key"`         // present, encrypted or absent
+	Key         string    `json:"key"`         // present, encrypted, token or absent
 }
 
 func newKeyShowCommand(e *env) *cobra.Command {
@@ -207,7 +398,7 @@ func newKeyShowCommand(e *env) *cobra.Command {
 after checking it against its purpose and the root. It needs no passphrase.
 
 JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
-"not_before", "not_after", "fingerprint", "key": "present|encrypted|absent"}]}`,
+"not_before", "not_after", "fingerprint", "key": "present|encrypted|token|absent"}]}`,
 		Example: "  ringwall key show keys",
 		Args:    exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -257,6 +448,8 @@ JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
 func keyState(path string) (string, error) {
 	b, err := readBounded(path, 16<<10)
 	switch {
+	case errors.Is(err, os.ErrNotExist) && exists(strings.TrimSuffix(path, ".key")+".uri"):
+		return "token", nil
 	case errors.Is(err, os.ErrNotExist):
 		return "absent", nil
 	case err != nil:

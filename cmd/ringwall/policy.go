@@ -181,7 +181,7 @@ of the same name in the policy replaces one of these, an interpreter key by key.
 }
 
 func newPolicySignCommand(e *env) *cobra.Command {
-	var keys, passphraseFile, identity, out string
+	var keys, passphraseFile, identity, out, log, tsaURL string
 	var force bool
 	c := &cobra.Command{
 		Use:   "sign FILE --keys DIR",
@@ -220,8 +220,20 @@ JSON: {"file", "name", "epoch", "sha256", "identity", "warnings"}`,
 			if err != nil {
 				return err
 			}
-			bundle, err := codesign.SignPolicy(s, doc)
+			if tsa, err := openStamper(a, tsaURL); err != nil {
+				return err
+			} else if tsa != nil {
+				s.Stamper = tsa
+			}
+			l, closeLog, err := openLog(a, log)
 			if err != nil {
+				return err
+			}
+			if l != nil {
+				s.Log = l
+			}
+			bundle, err := codesign.SignPolicy(s, doc)
+			if err = errors.Join(err, closeLog()); err != nil {
 				return err
 			}
 			signed, err := codesign.VerifyPolicy(bundle, a.Roots(pki.PurposePolicy))
@@ -258,6 +270,8 @@ JSON: {"file", "name", "epoch", "sha256", "identity", "warnings"}`,
 	f.StringVar(&identity, "identity", "", "who signs, as a `URI`")
 	f.StringVarP(&out, "out", "o", "", "write to `FILE` (default: the policy's name with .policy.json)")
 	f.BoolVar(&force, "force", false, "overwrite a file that is there already")
+	f.StringVar(&log, "log", "", "append the signature to the transparency log in `DIR`")
+	f.StringVar(&tsaURL, "tsa", "", "timestamp authority's `URL` (default: the authority's own)")
 	require(c, "keys")
 	return c
 }

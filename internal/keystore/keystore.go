@@ -133,7 +133,7 @@ func ReadSecret(path string) ([]byte, error) {
 		return nil, fmt.Errorf("secret: %w", err)
 	}
 	if st.Mode().IsRegular() && st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("secret: mode %04o of %s lets others read it (want 0600): %w", st.Mode().Perm(), filepath.Base(path), errs.Denied)
+		return nil, fmt.Errorf("secret: mode %04o of %s lets others read it: %w", st.Mode().Perm(), filepath.Base(path), errs.Denied)
 	}
 	return FirstLine(f)
 }

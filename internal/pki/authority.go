@@ -535,7 +535,7 @@ func (a *Authority) Roots(p Purpose) TrustRoots {
 	if i := a.Issuers[p]; i != nil {
 		r.CAs = []Anchor{{Name: i.Cert.Subject.CommonName, Cert: i.Cert}}
 	}
-	if a.Log != nil && p != PurposePermit { // break-glass must work while the log does not
+	if a.Log != nil && p.logged() {
 		r.Logs = []LogAnchor{*a.Log}
 	}
 	return r

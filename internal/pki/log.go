@@ -160,15 +160,17 @@ func SignCheckpoint(c Checkpoint, key crypto.Signer) ([]byte, error) {
 	return append([]byte(c.text()+"\n"), line...), nil
 }
 
-type noteSignature struct {
-	name string
-	hash [4]byte
-	sig  []byte
+// NoteSignature is a line under a signed note.
+type NoteSignature struct {
+	Name      string
+	Hash      [4]byte // of the key
+	Signature []byte
 }
 
-// openNote splits a signed note (C2SP signed-note) into text and signatures.
-func openNote(data []byte) (string, []noteSignature, error) {
-	bad := func(what string) (string, []noteSignature, error) {
+// OpenNote splits a signed note (C2SP signed-note) into text and signatures. It
+// verifies nothing.
+func OpenNote(data []byte) (string, []NoteSignature, error) {
+	bad := func(what string) (string, []NoteSignature, error) {
 		return "", nil, fmt.Errorf("signed note: %s: %w", what, errs.Invalid)
 	}
 	if len(data) > maxCheckpoint || !utf8.Valid(data) {
@@ -186,7 +188,7 @@ func openNote(data []byte) (string, []noteSignature, error) {
 	if len(lines) > maxNoteSigs {
 		return bad("too many signatures")
 	}
-	var sigs []noteSignature
+	var sigs []NoteSignature
 	for _, line := range lines {
 		rest, ok := strings.CutPrefix(line, noteSigPrefix)
 		name, encoded, ok2 := strings.Cut(rest, " ")
@@ -194,8 +196,8 @@ func openNote(data []byte) (string, []noteSignature, error) {
 		if !ok || !ok2 || err != nil || name == "" || len(raw) < 5 {
 			return bad("malformed signature line")
 		}
-		s := noteSignature{name: name, sig: raw[4:]}
-		copy(s.hash[:], raw)
+		s := NoteSignature{Name: name, Signature: raw[4:]}
+		copy(s.Hash[:], raw)
 		sigs = append(sigs, s)
 	}
 	return text, sigs, nil
@@ -229,7 +231,7 @@ func parseCheckpoint(text string) (*Checkpoint, error) {
 // OpenCheckpoint reads a signed checkpoint and verifies that the log of the key
 // signed it. Signatures by others are left alone.
 func OpenCheckpoint(note []byte, key *LogKey) (*Checkpoint, error) {
-	text, sigs, err := openNote(note)
+	text, sigs, err := OpenNote(note)
 	if err != nil {
 		return nil, err
 	}
@@ -244,15 +246,15 @@ func OpenCheckpoint(note []byte, key *LogKey) (*Checkpoint, error) {
 }
 
 // verifyNote wants exactly one signature by the key, and a good one.
-func (k *LogKey) verifyNote(text string, sigs []noteSignature) error {
+func (k *LogKey) verifyNote(text string, sigs []NoteSignature) error {
 	id := k.ID()
 	digest := sha256.Sum256([]byte(text))
 	found := 0
 	for _, s := range sigs {
-		if s.name != k.Origin || !bytes.Equal(s.hash[:], id[:4]) {
+		if s.Name != k.Origin || !bytes.Equal(s.Hash[:], id[:4]) {
 			continue
 		}
-		if found++; found > 1 || !ecdsa.VerifyASN1(k.Key, digest[:], s.sig) {
+		if found++; found > 1 || !ecdsa.VerifyASN1(k.Key, digest[:], s.Signature) {
 			return fmt.Errorf("checkpoint of %s: the signature does not verify, or is repeated: %w", k.Origin, errs.Untrusted)
 		}
 	}

@@ -128,7 +128,7 @@ func AttachProof(bundle []byte, p LogProof) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach log proof: %w", err)
 	}
-	text, _, err := openNote(p.Checkpoint)
+	text, _, err := OpenNote(p.Checkpoint)
 	if err != nil {
 		return nil, fmt.Errorf("attach log proof: %w", err)
 	}
@@ -187,7 +187,7 @@ func (e *wireLogEntry) open(o *opened) (*LogProof, error) {
 		}
 		p.Hashes = append(p.Hashes, h)
 	}
-	text, _, err := openNote(p.Checkpoint)
+	text, _, err := OpenNote(p.Checkpoint)
 	if err != nil {
 		return nil, err
 	}

@@ -89,6 +89,13 @@ func (p Purpose) MaxLifetime() time.Duration {
 	return MaxLeafLifetime
 }
 
+// logged says whether what is signed for this purpose must be in the log of an
+// authority that has one: what makes hosts run something. A permit must work
+// while the log does not, and evidence only counts towards something logged.
+func (p Purpose) logged() bool {
+	return p == PurposeBuild || p == PurposePolicy || p == PurposeBreakglass
+}
+
 func (p Purpose) check() error {
 	if p < PurposeBuild || p > PurposeBreakglass {
 		return fmt.Errorf("%v: %w", p, errs.Invalid)
