@@ -36,6 +36,7 @@ type Tx interface {
 	Changes(ctx context.Context, after uint64, limit int) ([]resource.Change, error)
 	Revision(ctx context.Context) (uint64, error)
 	AppendAudit(ctx context.Context, r *audit.Record) error
+	Audit(ctx context.Context, after uint64, limit int) ([]audit.Record, error)
 }
 
 // Store keeps the tree. Write runs fn alone with the newest state and may run
@@ -51,6 +52,9 @@ type Kind struct {
 	// Check validates a new or changed document beyond its envelope; old is nil
 	// for a new one. The error is errs.Invalid, errs.Conflict or errs.Denied.
 	Check func(ctx context.Context, tx Tx, old, d *resource.Document) error
+	// Needs are actions that whoever writes or deletes such a document must also
+	// be allowed at the root.
+	Needs []string
 	// Secret are top-level properties that audit records must not hold.
 	Secret []string
 }
@@ -86,7 +90,7 @@ func (d *Door) Put(ctx context.Context, by Actor, doc resource.Document, when re
 	}
 	doc.Type = kind.Type
 	var out *resource.Document
-	err := d.change(ctx, by, kind.Type+"/write", doc.ID, dryRun, func(tx Tx, r *audit.Record) error {
+	err := d.change(ctx, by, kind, "write", doc.ID, dryRun, func(tx Tx, r *audit.Record) error {
 		old, err := tx.Get(ctx, doc.ID)
 		if errors.Is(err, errs.NotFound) {
 			old, err = nil, parentExists(ctx, tx, doc.ID)
@@ -171,7 +175,7 @@ func (d *Door) Delete(ctx context.Context, by Actor, id resource.ID, when resour
 	if !ok {
 		return fmt.Errorf("delete %s: there is no resource type %q: %w", id, id.Type(), errs.Invalid)
 	}
-	err := d.change(ctx, by, kind.Type+"/delete", id, dryRun, func(tx Tx, r *audit.Record) error {
+	err := d.change(ctx, by, kind, "delete", id, dryRun, func(tx Tx, r *audit.Record) error {
 		old, err := tx.Delete(ctx, id, by.Name, when)
 		if err != nil {
 			return err
@@ -190,10 +194,15 @@ var errDryRun = errors.New("dry run")
 
 // change is the door: authorise, change, record, in one transaction. If it
 // fails, what failed is recorded in one of its own.
-func (d *Door) change(ctx context.Context, by Actor, action string, target resource.ID, dryRun bool, fn func(Tx, *audit.Record) error) error {
-	r := audit.Record{Actor: by.Name, Action: action, Target: target.String(), Outcome: audit.Done}
+func (d *Door) change(ctx context.Context, by Actor, kind *Kind, verb string, target resource.ID, dryRun bool, fn func(Tx, *audit.Record) error) error {
+	r := audit.Record{Actor: by.Name, Action: kind.Type + "/" + verb, Target: target.String(), Outcome: audit.Done}
 	err := d.store.Write(ctx, func(tx Tx) error {
-		decision, err := d.can(ctx, tx, by, action, target)
+		for _, a := range kind.Needs {
+			if also, err := d.can(ctx, tx, by, a, resource.ID{}); errors.Join(err, also.err) != nil {
+				return errors.Join(err, also.err)
+			}
+		}
+		decision, err := d.can(ctx, tx, by, r.Action, target)
 		if err != nil {
 			return err
 		}
@@ -286,4 +295,24 @@ func (d *Door) List(ctx context.Context, by Actor, q resource.Query) ([]resource
 		return nil, "", fmt.Errorf("list %s: %w", q.Below, err)
 	}
 	return out, next, nil
+}
+
+// ActionReadAudit is what reading the audit log takes, at the root.
+const ActionReadAudit = "Ringwall.Audit/records/read"
+
+// Audit reads records of the audit log after a number, at most limit.
+func (d *Door) Audit(ctx context.Context, by Actor, after uint64, limit int) ([]audit.Record, error) {
+	var out []audit.Record
+	err := d.store.Read(ctx, func(tx Tx) error {
+		decision, err := d.can(ctx, tx, by, ActionReadAudit, resource.ID{})
+		if err = errors.Join(err, decision.err); err != nil {
+			return err
+		}
+		out, err = tx.Audit(ctx, after, limit)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the audit log: %w", err)
+	}
+	return out, nil
 }

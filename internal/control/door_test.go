@@ -51,13 +51,28 @@ type lab struct {
 
 func root() control.Actor { return control.Actor{ID: control.BreakGlass, Name: "admin"} }
 
-func newLab(t *testing.T) *lab {
+func newStore(t *testing.T) *store.Store {
 	t.Helper()
 	s, err := store.Open(t.Context(), "sqlite:"+t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+func newDoor(t *testing.T) *control.Door {
+	t.Helper()
+	d, err := control.New(shelf{newStore(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	s := newStore(t)
 	d, err := control.New(shelf{s}, control.Kind{
 		Type: "Ringwall.Test/things", Secret: []string{"password"},
 		Check: func(_ context.Context, _ control.Tx, _, d *resource.Document) error {

@@ -34,6 +34,7 @@ func ownKinds() []Kind {
 		{Type: TypeRoleDefinition, Check: checkRole},
 		{Type: TypeRoleAssignment, Check: checkAssignment},
 		{Type: TypeDenyAssignment, Check: checkDeny},
+		tokenKind(),
 	}
 }
 
