@@ -57,13 +57,10 @@ func mustParseLog(t testing.TB, b []byte) *Log {
 	return l
 }
 
-// leadsTo is the bank that a log alone leads to.
 func leadsTo(l *Log, a Alg) *Bank {
-	b := PowerOn(a, l.Locality)
-	for i := range l.Events {
-		if e := &l.Events[i]; e.Type != EventNoAction {
-			b.Extend(e.PCR, e.Digest(a))
-		}
+	b, err := l.LeadsTo(a)
+	if err != nil {
+		panic(err)
 	}
 	return b
 }

@@ -208,14 +208,23 @@ func (p *Policy) uki(b *Boot) error {
 
 // firmware compares PCR 0 to 3 with the profiles.
 func (p *Policy) firmware(b *Boot) error {
+	nearest, differ := "", []int(nil)
 	for _, f := range p.Firmware {
-		fits := true
+		var bad []int
 		for _, v := range f.PCRs {
-			fits = fits && v.Digest == FormatDigest(b.Alg, b.Quoted.Values[v.PCR])
+			if v.Digest != FormatDigest(b.Alg, b.Quoted.Values[v.PCR]) {
+				bad = append(bad, v.PCR)
+			}
 		}
-		if fits {
+		if len(bad) == 0 {
 			return nil
 		}
+		if nearest == "" || len(bad) < len(differ) {
+			nearest, differ = f.Name, bad
+		}
 	}
-	return refuse(ReasonFirmware, "PCR 0 is %s, which fits none of %d profiles", FormatDigest(b.Alg, b.Quoted.Values[0]), len(p.Firmware))
+	if nearest == "" {
+		return refuse(ReasonNoEvidence, "the policy knows no firmware")
+	}
+	return refusePCR(ReasonFirmware, differ[0], "none of %d profiles; the nearest, %.80q, differs in PCR %v", len(p.Firmware), nearest, differ)
 }

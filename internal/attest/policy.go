@@ -172,6 +172,8 @@ func (p *Policy) validate() error {
 	switch {
 	case p.Format != PolicyFormat:
 		return fmt.Errorf("format %.40q (want %s)", p.Format, PolicyFormat)
+	case slices.ContainsFunc(p.Firmware, func(f Profile) bool { return f.Name == "" }):
+		return fmt.Errorf("a firmware profile without a name")
 	case p.Name == "" || p.Version == 0:
 		return fmt.Errorf("name or version is missing")
 	case err != nil || !a.quotable():

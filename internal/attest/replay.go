@@ -2,9 +2,15 @@ package attest
 
 import (
 	"bytes"
+	"encoding/hex"
+	"fmt"
 	"slices"
 	"strings"
+	"unicode"
 	"unicode/utf16"
+	"unicode/utf8"
+
+	"ringwall/internal/errs"
 )
 
 // Event is an event of a log that led to the quoted values: its digest is
@@ -51,6 +57,21 @@ func (b *Boot) In(pcr int) []*Event {
 		}
 	}
 	return out
+}
+
+// LeadsTo computes what a log makes of the power-on values: where a machine
+// would be that wrote it honestly. errs.NotFound: the log is not about the bank.
+func (l *Log) LeadsTo(a Alg) (*Bank, error) {
+	if a.Size() == 0 || !slices.Contains(l.Algs, a) {
+		return nil, fmt.Errorf("event log without %v digests: %w", a, errs.NotFound)
+	}
+	b := PowerOn(a, l.Locality)
+	for i := range l.Events {
+		if e := &l.Events[i]; e.Type != EventNoAction {
+			b.Extend(e.PCR, e.Digest(a))
+		}
+	}
+	return b, nil
 }
 
 // Replay compares the logs with the values that a TPM quoted. Every PCR of the
@@ -189,4 +210,26 @@ func decodeUTF16(b []byte) (s string, ok bool) {
 		u[i] = uint16(b[2*i]) | uint16(b[2*i+1])<<8
 	}
 	return string(utf16.Decode(u)), true
+}
+
+// DataText makes an event's data readable: the name of a variable, text in
+// ASCII or UTF-16, else its first bytes in hexadecimal.
+func DataText(data []byte) string {
+	if v, err := parseVariable(data); err == nil && v.Name != "" {
+		return fmt.Sprintf("%s, %d bytes", v.Name, len(v.Data))
+	}
+	printable := func(s string) bool {
+		return s != "" && strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) < 0
+	}
+	if s := strings.TrimRight(string(data), "\x00"); utf8.ValidString(s) && printable(s) {
+		return s
+	}
+	if s, ok := decodeUTF16(data); ok && printable(strings.TrimRight(s, "\x00")) {
+		return strings.TrimRight(s, "\x00")
+	}
+	const shown = 24
+	if len(data) > shown {
+		return fmt.Sprintf("%x… (%d bytes)", data[:shown], len(data))
+	}
+	return hex.EncodeToString(data)
 }
