@@ -176,6 +176,15 @@ func each(ctx context.Context, tx Tx, kind string, visit func(*resource.Document
 	}
 }
 
+// properties reads a document's properties into v.
+func properties(d *resource.Document, v any) error {
+	err := json.Unmarshal(d.Properties, v)
+	if err == nil || errors.Is(err, errs.Invalid) {
+		return err
+	}
+	return fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+}
+
 func roleOf(d *resource.Document) (*rbac.Role, error) {
 	envelope, err := json.Marshal(map[string]any{"id": d.ID, "name": d.ID.Name(), "properties": d.Properties})
 	if err != nil {
@@ -194,8 +203,8 @@ func assignmentOf(d *resource.Document) (rbac.Assignment, error) {
 		Principal string      `json:"principalId"`
 		Condition string      `json:"condition"`
 	}
-	if err := json.Unmarshal(d.Properties, &p); err != nil {
-		return rbac.Assignment{}, fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+	if err := properties(d, &p); err != nil {
+		return rbac.Assignment{}, err
 	}
 	return rbac.Assignment{ID: d.ID.String(), Scope: d.ID.Parent(), Role: p.Role.Name(), Principal: p.Principal, Condition: p.Condition}, nil
 }
@@ -211,8 +220,8 @@ func denyOf(d *resource.Document) (rbac.Deny, error) {
 		Except      []principal       `json:"excludePrincipals"`
 		ThisScope   bool              `json:"doNotApplyToChildScopes"`
 	}
-	if err := json.Unmarshal(d.Properties, &p); err != nil {
-		return rbac.Deny{}, fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+	if err := properties(d, &p); err != nil {
+		return rbac.Deny{}, err
 	}
 	ids := func(ps []principal) (out []string) {
 		for _, x := range ps {

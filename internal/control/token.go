@@ -51,10 +51,7 @@ const maxTokenLife = 366 * 24 * time.Hour
 
 func tokenOf(d *resource.Document) (*Token, error) {
 	var t Token
-	if err := json.Unmarshal(d.Properties, &t); err != nil {
-		return nil, fmt.Errorf("properties: %w: %w", err, errs.Invalid)
-	}
-	return &t, nil
+	return &t, properties(d, &t)
 }
 
 // tokenKind needs what assigning roles needs, since a token is as good as all
@@ -114,11 +111,11 @@ func (d *Door) Bootstrap(ctx context.Context) (string, error) {
 			return err
 		}
 		token = NewToken()
-		properties, err := json.Marshal(Token{Principal: BreakGlass, Name: "break-glass"})
+		holder, err := json.Marshal(Token{Principal: BreakGlass, Name: "break-glass"})
 		if err != nil {
 			return err
 		}
-		doc := resource.Document{ID: TokenID(token), Type: TypeToken, Properties: properties}
+		doc := resource.Document{ID: TokenID(token), Type: TypeToken, Properties: holder}
 		if _, err := tx.Put(ctx, doc, "first start", resource.When{Absent: true}); err != nil {
 			return err
 		}

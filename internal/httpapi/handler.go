@@ -1,0 +1,322 @@
+// Package httpapi is the server's HTTP: the resource tree in the manner of Azure
+// Resource Manager, the change feed and the audit log. It authenticates, reads
+// requests within bounds, and leaves every decision to package control.
+package httpapi
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"ringwall/internal/audit"
+	"ringwall/internal/control"
+	"ringwall/internal/errs"
+	"ringwall/internal/resource"
+)
+
+// Door is what the handlers need of control.Door.
+type Door interface {
+	Authenticate(ctx context.Context, token string, now time.Time) (*control.Actor, error)
+	Get(ctx context.Context, by control.Actor, id resource.ID) (*resource.Document, error)
+	List(ctx context.Context, by control.Actor, q resource.Query) ([]resource.Document, string, error)
+	Put(ctx context.Context, by control.Actor, d resource.Document, when resource.When, dryRun bool) (*resource.Document, error)
+	Delete(ctx context.Context, by control.Actor, id resource.ID, when resource.When, dryRun bool) error
+	Watch(ctx context.Context, by control.Actor, below resource.ID, after uint64, visit func(resource.Change) error, seen func(uint64) error) error
+	Audit(ctx context.Context, by control.Actor, after uint64, limit int) ([]audit.Record, error)
+}
+
+const (
+	maxBody     = resource.MaxProperties + 64<<10 // bytes
+	defaultPage = 100
+	auditPage   = 1000
+)
+
+type api struct {
+	door Door
+	log  *slog.Logger
+	now  func() time.Time
+}
+
+// New returns the handler of everything. Nothing but /healthz is answered
+// without authentication.
+func New(d Door, log *slog.Logger, now func() time.Time) http.Handler {
+	a := &api{door: d, log: log, now: now}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
+	mux.HandleFunc("GET /ringwall/watch", a.authenticated(a.watch))
+	mux.HandleFunc("GET /ringwall/audit", a.authenticated(a.audit))
+	mux.HandleFunc("GET /", a.authenticated(a.get))
+	mux.HandleFunc("PUT /", a.authenticated(a.put))
+	mux.HandleFunc("DELETE /", a.authenticated(a.remove))
+	return mux
+}
+
+type handler func(w http.ResponseWriter, r *http.Request, by control.Actor) error
+
+// authenticated fails closed: without a token that is known there is no answer
+// but 401, whatever was asked for.
+func (a *api) authenticated(next handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Cache-Control", "no-store")
+		h.Set("X-Content-Type-Options", "nosniff")
+		request := newRequestID()
+		h.Set("x-ms-request-id", request)
+		token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		var by *control.Actor
+		err := fmt.Errorf("send a token as `Authorization: Bearer …`: %w", errs.Untrusted)
+		if ok {
+			by, err = a.door.Authenticate(r.Context(), token, a.now())
+		}
+		if err == nil {
+			err = next(w, r, *by)
+		}
+		if err != nil {
+			a.fail(w, r, request, err)
+		}
+	}
+}
+
+func newRequestID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails, see crypto/rand
+	return hex.EncodeToString(b[:])
+}
+
+// fail maps a kind of error to a status, once. What is no kind stays inside:
+// the client gets the request's id, the log has the rest.
+func (a *api) fail(w http.ResponseWriter, r *http.Request, request string, err error) {
+	if r.Context().Err() != nil {
+		return // nobody is there any more
+	}
+	status, code, text := http.StatusInternalServerError, "InternalError", "something went wrong; the server's log has it under "+request
+	conditional := r.Header.Get("If-Match") != "" || r.Header.Get("If-None-Match") != ""
+	for _, k := range []struct {
+		kind   error
+		status int
+		code   string
+	}{
+		{errs.Untrusted, http.StatusUnauthorized, "AuthenticationFailed"},
+		{errs.Denied, http.StatusForbidden, "AuthorizationFailed"},
+		{errs.Invalid, http.StatusBadRequest, "InvalidRequest"},
+		{errs.NotFound, http.StatusNotFound, "ResourceNotFound"},
+		{errs.Conflict, http.StatusConflict, "Conflict"},
+		{errs.Unsupported, http.StatusNotImplemented, "NotSupported"},
+	} {
+		if errors.Is(err, k.kind) {
+			status, code, text = k.status, k.code, err.Error()
+			break
+		}
+	}
+	switch {
+	case status == http.StatusConflict && conditional:
+		status, code = http.StatusPreconditionFailed, "PreconditionFailed"
+	case status == http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", "Bearer")
+	case status == http.StatusInternalServerError:
+		a.log.ErrorContext(r.Context(), "request_failed", "request", request, "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	w.Header().Set("x-ms-error-code", code)
+	type body struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}
+	_ = writeJSON(w, status, map[string]body{"error": {code, text}})
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = w.Write(append(b, '\n')) // the client may be gone
+	return nil
+}
+
+func writeDocument(w http.ResponseWriter, status int, d *resource.Document) error {
+	if d.Revision != 0 {
+		w.Header().Set("ETag", d.ETag())
+	}
+	return writeJSON(w, status, d)
+}
+
+func (a *api) get(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+	if below, kind, ok := collection(r.URL.Path); ok {
+		return a.list(w, r, by, below, kind)
+	}
+	id, err := resource.ParseID(r.URL.Path)
+	if err != nil {
+		return err
+	}
+	d, err := a.door.Get(r.Context(), by, id)
+	if err != nil {
+		return err
+	}
+	return writeDocument(w, http.StatusOK, d)
+}
+
+// collection tells a list's path from a document's:
+//
+//	/subscriptions, SUBSCRIPTION/resourceGroups, SCOPE/resources,
+//	SCOPE/providers/NAMESPACE/TYPE, RESOURCE/TYPE
+func collection(path string) (below resource.ID, kind string, ok bool) {
+	path = strings.TrimSuffix(path, "/")
+	cut := strings.LastIndexByte(path, '/')
+	if cut < 0 {
+		return below, "", false
+	}
+	scope, last := path[:cut], path[cut+1:]
+	if strings.EqualFold(last, "resources") {
+		below, err := resource.ParseID(scope + "/")
+		return below, "", err == nil
+	}
+	// a made-up name makes it the id of what would be listed
+	sample, err := resource.ParseID(path + "/x")
+	if err != nil {
+		return below, "", false
+	}
+	if scope == "" {
+		return below, sample.Type(), true
+	}
+	return sample.Parent(), sample.Type(), true
+}
+
+func (a *api) list(w http.ResponseWriter, r *http.Request, by control.Actor, below resource.ID, kind string) error {
+	q := resource.Query{Below: below, Type: kind, Limit: defaultPage, After: r.URL.Query().Get("$skiptoken")}
+	if top := r.URL.Query().Get("$top"); top != "" {
+		n, err := strconv.Atoi(top)
+		if err != nil || n < 1 || n > resource.MaxPage {
+			return fmt.Errorf("$top is %.20q (1 to %d): %w", top, resource.MaxPage, errs.Invalid)
+		}
+		q.Limit = n
+	}
+	docs, next, err := a.door.List(r.Context(), by, q)
+	if err != nil {
+		return err
+	}
+	out := struct {
+		Value []resource.Document `json:"value"`
+		Next  string              `json:"nextLink,omitempty"`
+	}{Value: append([]resource.Document{}, docs...)}
+	if next != "" {
+		v := r.URL.Query()
+		v.Set("$skiptoken", next)
+		out.Next = (&url.URL{Scheme: "https", Host: r.Host, Path: r.URL.Path, RawQuery: v.Encode()}).String()
+	}
+	return writeJSON(w, http.StatusOK, out)
+}
+
+// input is a document as a client sends it. What the server says of it may be
+// there, so that a document that was read can be sent back, and is ignored.
+type input struct {
+	ID         *resource.ID      `json:"id"`
+	Name       string            `json:"name"`
+	Type       string            `json:"type"`
+	ETag       string            `json:"etag"`
+	System     json.RawMessage   `json:"systemData"`
+	Location   string            `json:"location"`
+	Tags       map[string]string `json:"tags"`
+	Properties json.RawMessage   `json:"properties"`
+}
+
+func (a *api) put(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+	id, err := resource.ParseID(r.URL.Path)
+	if err != nil {
+		return err
+	}
+	when, err := condition(r)
+	if err != nil {
+		return err
+	}
+	in, err := readInput(w, r)
+	if err != nil {
+		return err
+	}
+	if in.ID != nil && !in.ID.Equal(id) {
+		return fmt.Errorf("the document says that it is %s: %w", in.ID, errs.Invalid)
+	}
+	_, err = a.door.Get(r.Context(), by, id)
+	status := http.StatusOK
+	if errors.Is(err, errs.NotFound) {
+		status = http.StatusCreated
+	}
+	doc := resource.Document{ID: id, Location: in.Location, Tags: in.Tags, Properties: in.Properties}
+	d, err := a.door.Put(r.Context(), by, doc, when, dryRun(r))
+	if err != nil {
+		return err
+	}
+	return writeDocument(w, status, d)
+}
+
+func readInput(w http.ResponseWriter, r *http.Request) (*input, error) {
+	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	dec.DisallowUnknownFields()
+	var in input
+	if err := dec.Decode(&in); err != nil {
+		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+			return nil, fmt.Errorf("the body is longer than %d bytes: %w", maxBody, errs.Invalid)
+		}
+		return nil, fmt.Errorf("the body is no document: %w: %w", err, errs.Invalid)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("the body goes on after the document: %w", errs.Invalid)
+	}
+	return &in, nil
+}
+
+// condition reads If-Match and If-None-Match (RFC 9110, section 13.1).
+func condition(r *http.Request) (resource.When, error) {
+	var when resource.When
+	switch v := r.Header.Get("If-None-Match"); v {
+	case "":
+	case "*":
+		when.Absent = true
+	default:
+		return when, fmt.Errorf("If-None-Match may be * only: %w", errs.Invalid)
+	}
+	if v := r.Header.Get("If-Match"); v != "" && v != "*" {
+		n, err := resource.ParseETag(v)
+		if err != nil {
+			return when, fmt.Errorf("If-Match: %w", err)
+		}
+		when.Revision = n
+	}
+	return when, nil
+}
+
+func dryRun(r *http.Request) bool {
+	v := r.URL.Query().Get("dryRun")
+	return v != "" && v != "false"
+}
+
+func (a *api) remove(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+	id, err := resource.ParseID(r.URL.Path)
+	if err != nil {
+		return err
+	}
+	when, err := condition(r)
+	if err != nil {
+		return err
+	}
+	switch err := a.door.Delete(r.Context(), by, id, when, dryRun(r)); {
+	case errors.Is(err, errs.NotFound):
+		w.WriteHeader(http.StatusNoContent) // as Azure answers: it is gone, as was wanted
+	case err != nil:
+		return err
+	default:
+		w.WriteHeader(http.StatusOK)
+	}
+	return nil
+}
