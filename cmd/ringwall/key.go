@@ -242,7 +242,7 @@ JSON: {"directory", "files": [{"file", "signs", "keep"}]}`,
 			}
 			o.Name = name
 			if _, err := pki.CreateAuthority(args[0], *o); err != nil {
-				if errors.Is(err, errs.Conflict) {
+				if errors.Is(err, errs.Conflict) && exists(filepath.Join(args[0], "root.crt")) {
 					err = hint(err, "look at it with: ringwall key show %s", shown(args[0]))
 				}
 				return err
