@@ -18,12 +18,12 @@ import (
 
 // lab is a fleet with an authority, and the build that is asked about.
 type lab struct {
-	t   *testing.T
+	t   testing.TB
 	now time.Time
 	a   *pki.Authority
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	l := &lab{t: t, now: time.Now().UTC().Truncate(time.Second)}
 	var err error

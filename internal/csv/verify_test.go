@@ -25,7 +25,7 @@ const (
 )
 
 // hostHas are files that a cell's hosts have from elsewhere.
-func hostHas(t *testing.T, l *lab, files map[string]string) integrity.Source {
+func hostHas(t testing.TB, l *lab, files map[string]string) integrity.Source {
 	t.Helper()
 	r := l.sign(codesign.DirSource(tree(files)), codesign.ReleaseInfo{Product: "base", Version: "1", Epoch: 1})
 	p := l.policy("any", 1, "enforce", allowFleet)
@@ -40,7 +40,7 @@ func hostHas(t *testing.T, l *lab, files map[string]string) integrity.Source {
 	return s
 }
 
-func userland(t *testing.T, l *lab) integrity.Source {
+func userland(t testing.TB, l *lab) integrity.Source {
 	return hostHas(t, l, map[string]string{
 		"usr/bin/dash*": elfImage{kind: 3, interp: loader}.bytes(), "usr/bin/env*": elfImage{kind: 3, interp: loader, now: true}.bytes(),
 		"usr/bin/python3.11*":                    elfImage{kind: 3, interp: loader, needed: []string{"libc.so.6"}}.bytes(),
