@@ -186,7 +186,8 @@ func (e *erofsReader) file(img fs.FS, m codesign.Member) error {
 		return fmt.Errorf("%.200q: %w: %w", m.Path, err, errs.Invalid)
 	}
 	defer f.Close()
-	return e.visit(m, invalidReader{f})
+	// a file that ends before its size is an error
+	return e.visit(m, invalidReader{cutReader{&io.LimitedReader{R: f, N: m.Size}}})
 }
 
 // extract has fsck.erofs unpack the image into a directory of our own.
