@@ -2,11 +2,10 @@ package main
 
 import (
 	"crypto"
-	"crypto/ecdsa"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -73,32 +72,13 @@ func (k *kernelKeyFlags) load(e *env) (*kernelKey, error) {
 		return nil, hint(fmt.Errorf("key: %w", err), "make one with: ringwall export key DIR --name NAME")
 	}
 	out := &kernelKey{}
-	if out.key, err = decodeKernelKey(b, pass); err != nil {
+	if out.key, err = pki.DecodeAnyKey(b, pass); err != nil {
 		return nil, fmt.Errorf("key %s: %w", stem+".key", err)
 	}
 	if out.cert, err = readCertificate(stem + ".crt"); err != nil {
 		return nil, err
 	}
 	return out, nil
-}
-
-// decodeKernelKey reads what pki does, and other people's plain PKCS #8.
-func decodeKernelKey(b, pass []byte) (crypto.Signer, error) {
-	block, _ := pem.Decode(b)
-	if block != nil && block.Type == "PRIVATE KEY" {
-		k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", err, errs.Invalid)
-		}
-		switch k := k.(type) {
-		case *rsa.PrivateKey:
-			return k, nil
-		case *ecdsa.PrivateKey:
-			return k, nil
-		}
-		return nil, fmt.Errorf("a %T is neither RSA nor ECDSA: %w", k, errs.Unsupported)
-	}
-	return pki.DecodeKey(b, pass)
 }
 
 // readCertificate reads a certificate in PEM or DER.
@@ -120,15 +100,15 @@ func readCertificate(file string) (*x509.Certificate, error) {
 }
 
 func newExportKeyCommand(e *env) *cobra.Command {
-	var name, passphraseFile string
+	var name, kind, passphraseFile string
 	c := &cobra.Command{
 		Use:   "key DIR --name NAME",
 		Short: "Make a key that signs for kernels",
-		Long: `Makes kernel.key (ECDSA P-256, mode 0600, encrypted when a passphrase is given),
-kernel.crt and the same certificate as kernel.der, which is what keyctl and
-mokutil take. It is self-signed, for code signing only, and valid for ten years:
-a keyring is filled once. Older than Linux 6.12, Debian's kernels load ECDSA from
-a module (ecdsa_generic); take an RSA key from openssl where that is too late.
+		Long: `Makes kernel.key (mode 0600, encrypted when a passphrase is given), kernel.crt and
+the same certificate as kernel.der, which is what keyctl and mokutil take. It is
+self-signed, for code signing only, and valid for ten years: a keyring is filled
+once. The key is RSA of 3072 bits, which every kernel knows; Debian's 6.1 has no
+ECDSA, 6.12 has (--type p256: smaller signatures, faster to verify).
 
 JSON: {"key", "certificate", "der", "key_id"}`,
 		Example: `  ringwall export key keys --name "Example Fleet kernels"
@@ -139,7 +119,7 @@ JSON: {"key", "certificate", "der", "key_id"}`,
 			if err != nil {
 				return err
 			}
-			key, err := pki.NewKey()
+			key, err := newKernelKey(kind)
 			if err != nil {
 				return err
 			}
@@ -147,7 +127,7 @@ JSON: {"key", "certificate", "der", "key_id"}`,
 			if err != nil {
 				return err
 			}
-			data, err := pki.EncodeKey(key, pass)
+			data, err := pki.EncodeAnyKey(key, pass)
 			if err != nil {
 				return err
 			}
@@ -178,9 +158,21 @@ JSON: {"key", "certificate", "der", "key_id"}`,
 		},
 	}
 	c.Flags().StringVar(&name, "name", "", "`NAME` in the certificate, which kernels show")
+	c.Flags().StringVar(&kind, "type", "rsa", "kind of key: rsa or p256")
+	complete(c, "type", "rsa", "p256")
 	passphraseFlag(c, &passphraseFile)
 	require(c, "name")
 	return c
+}
+
+func newKernelKey(kind string) (crypto.Signer, error) {
+	switch kind {
+	case "rsa":
+		return rsa.GenerateKey(rand.Reader, 3072)
+	case "p256":
+		return pki.NewKey()
+	}
+	return nil, usage(fmt.Errorf("--type %q: want rsa or p256", kind))
 }
 
 // exported is one signature that was made.

@@ -43,6 +43,12 @@ const (
 // with PBES2 (PBKDF2-HMAC-SHA-256, AES-256-CBC), which openssl reads and
 // writes too.
 func EncodeKey(k *ecdsa.PrivateKey, passphrase []byte) ([]byte, error) {
+	return EncodeAnyKey(k, passphrase)
+}
+
+// EncodeAnyKey is EncodeKey for keys of other kinds, which sign nothing of
+// Ringwall's own.
+func EncodeAnyKey(k crypto.Signer, passphrase []byte) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(k)
 	if err != nil {
 		return nil, fmt.Errorf("encode key: %w", err)
@@ -59,6 +65,19 @@ func EncodeKey(k *ecdsa.PrivateKey, passphrase []byte) ([]byte, error) {
 
 // DecodeKey reads what EncodeKey wrote. A key that is not P-256 is refused.
 func DecodeKey(data, passphrase []byte) (*ecdsa.PrivateKey, error) {
+	k, err := DecodeAnyKey(data, passphrase)
+	if err != nil {
+		return nil, err
+	}
+	ec, ok := k.(*ecdsa.PrivateKey)
+	if !ok || ec.Curve != elliptic.P256() {
+		return nil, fmt.Errorf("decode key: not a P-256 key: %w", errs.Invalid)
+	}
+	return ec, nil
+}
+
+// DecodeAnyKey reads what EncodeAnyKey wrote.
+func DecodeAnyKey(data, passphrase []byte) (crypto.Signer, error) {
 	if len(data) > maxKeyFile {
 		return nil, fmt.Errorf("decode key: %d bytes: %w", len(data), errs.Invalid)
 	}
@@ -84,11 +103,11 @@ func DecodeKey(data, passphrase []byte) (*ecdsa.PrivateKey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("decode key: wrong passphrase or not a key: %w", errs.Invalid)
 	}
-	ec, ok := k.(*ecdsa.PrivateKey)
-	if !ok || ec.Curve != elliptic.P256() {
-		return nil, fmt.Errorf("decode key: not a P-256 key: %w", errs.Invalid)
+	signer, ok := k.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("decode key: a %T does not sign: %w", k, errs.Invalid)
 	}
-	return ec, nil
+	return signer, nil
 }
 
 // RFC 8018, appendix A.
