@@ -38,6 +38,9 @@ type Machine struct {
 	// nanosecond, so that measured times do not depend on the load of the
 	// host. It implies one processor and no hardware acceleration.
 	ICount bool
+	// Firmware is an image of UEFI firmware and Variables one of its variables,
+	// which is written to; empty: a BIOS.
+	Firmware, Variables string
 	// Console gets the kernel's messages as they come.
 	Console io.Writer
 }

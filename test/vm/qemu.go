@@ -68,6 +68,9 @@ func (q *qemu) args() []string {
 	default:
 		args = append(args, "-accel", "tcg,thread=multi")
 	}
+	if m.Firmware != "" {
+		args = append(args, "-drive", "if=pflash,format=raw,unit=0,readonly=on,file="+m.Firmware, "-drive", "if=pflash,format=raw,unit=1,file="+m.Variables)
+	}
 	if q.reboots == 0 {
 		args = append(args, "-no-reboot")
 	}
