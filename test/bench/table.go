@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"ringwall/internal/enforce"
@@ -89,6 +91,9 @@ func tables(ctx context.Context, out io.Writer) error {
 	if err := smallThings(ctx, out, outsideCgroup, "without any program"); err != nil {
 		return err
 	}
+	if err := floor(ctx, out); err != nil {
+		return err
+	}
 	e, err := openEngine(out)
 	if err != nil {
 		return err
@@ -119,6 +124,37 @@ func tables(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	return e.profile(ctx)
+}
+
+// floor measures with programs that do nothing on the hooks of an open: what no
+// engine that is asked at each open can go below.
+func floor(ctx context.Context, out io.Writer) error {
+	hooks := []string{"file_open", "file_post_open"}
+	attached := 0
+	for _, hook := range hooks {
+		l, err := attachEmpty(hook)
+		if errors.Is(err, ebpf.ErrNotSupported) {
+			continue // before 6.9 there is one hook
+		}
+		if err != nil {
+			return fmt.Errorf("an empty program on %s: %w", hook, err)
+		}
+		defer l.Close()
+		attached++
+	}
+	return smallThings(ctx, out, outsideCgroup, fmt.Sprintf("%d empty programs on the hooks of an open", attached))
+}
+
+func attachEmpty(hook string) (link.Link, error) {
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.LSM, AttachType: ebpf.AttachLSMMac, AttachTo: hook, License: "Dual BSD/GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	return link.AttachLSM(link.LSMOptions{Program: p})
 }
 
 // prepareSmall makes the file that smallThings reads.
