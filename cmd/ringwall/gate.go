@@ -41,10 +41,10 @@ it passed.`,
 }
 
 type gateCheckOptions struct {
-	policy, product, version, revision, ring, state string
-	evidence                                        []string
-	epoch                                           uint32
-	breakglass                                      bool
+	policy, product, revision, ring, state string
+	evidence                               []string
+	epoch                                  uint32
+	breakglass                             bool
 }
 
 // checkedGates is the answer of `ringwall gate check`.

@@ -35,7 +35,7 @@ The output is YAML in either output format.`,
 				return hint(fmt.Errorf("%s has no CA for attesters: %w", keys, errs.NotFound), "an authority of an earlier version is extended with ringwall key")
 			}
 			if strings.Trim(product, "abcdefghijklmnopqrstuvwxyz0123456789+-.") != "" || product == "" {
-				return usage(fmt.Errorf("--product %q is no product: want up to 64 of a-z, digits, + - .", product))
+				return usage(fmt.Errorf("--product %q is no product: want up to 64 of a-z, digits, plus, dash and dot", product))
 			}
 			text := releaseTemplate(defaultIdentity(a, pki.PurposeAttest), product, ca.Cert, a.TSA.Cert)
 			if _, err := gate.ParsePolicy("release policy", []byte(text)); err != nil {

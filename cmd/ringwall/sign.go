@@ -144,7 +144,7 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) (err erro
 	if err != nil {
 		return err
 	}
-	s, closeAll, err := o.signer(e)
+	s, closeAll, err := o.signer(e) //nolint:contextcheck // the log outlives what it was opened for
 	if err != nil {
 		return err
 	}

@@ -165,7 +165,7 @@ func serveSigner(ctx context.Context, e *env, cfg *signer.Config, check bool) (e
 	if err := os.MkdirAll(cfg.State, 0o700); err != nil {
 		return err
 	}
-	s, closeAll, err := parts.signer(e)
+	s, closeAll, err := parts.signer(e) //nolint:contextcheck // the log outlives what it was opened for
 	if err != nil {
 		return err
 	}

@@ -286,7 +286,11 @@ func (g *Gate) howTo() string {
 	case KindProvenance, KindVerification, KindCustom:
 		return fmt.Sprintf("ringwall gate attest custom ARTEFACT --predicate FILE --type %s --gate %s", g.typeURI(), g.Name)
 	}
-	return fmt.Sprintf("ringwall gate attest %s ARTEFACT --gate %s --revision REVISION", g.Kind, g.Name)
+	what := "ARTEFACT"
+	if g.Source {
+		what = "--source"
+	}
+	return fmt.Sprintf("ringwall gate attest %s %s --gate %s --revision REVISION", g.Kind, what, g.Name)
 }
 
 func (g *Gate) typeURI() string {

@@ -110,8 +110,13 @@ func TestSchema(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	for _, edit := range [][2]string{
-		{"min_epoch: 3", "x: 3"}, {"version: 1", "version: 2"}, {"kind: scan", "kind: scam"}, {"kind: scan", "kind: scan, builders: [x]"},
-		{"max_age: 24h", "max_age: 1y"}, {", properties: [RINGWALL_CSV_PASS]", ""}, {"medium: 1", "mediun: 1"},
+		{"min_epoch: 3", "x: 3"},
+		{"version: 1", "version: 2"},
+		{"kind: scan", "kind: scam"},
+		{"kind: scan", "kind: scan, builders: [x]"},
+		{"max_age: 24h", "max_age: 1y"},
+		{", properties: [RINGWALL_CSV_PASS]", ""},
+		{"medium: 1", "mediun: 1"},
 	} {
 		if check(strings.Replace(good, edit[0], edit[1], 1)) == nil {
 			t.Errorf("the schema takes %s", edit[1])

@@ -84,7 +84,7 @@ func (d *document) duration(n *yaml.Node, where string, most time.Duration) time
 func parseDuration(s string) (time.Duration, bool) {
 	if n := len(s) - 1; n > 0 && s[n] == 'd' {
 		days, err := strconv.ParseUint(s[:n], 10, 16)
-		return time.Duration(days) * 24 * time.Hour, err == nil //nolint:gosec // 16 bits
+		return time.Duration(days) * 24 * time.Hour, err == nil
 	}
 	d, err := time.ParseDuration(s)
 	return d, err == nil

@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
-	"io"
 	"log/slog"
 	"mime/multipart"
 	"net"
@@ -50,7 +49,7 @@ func newService(t *testing.T) *service {
 			{Name: "ci", Identity: "spiffe://fleet.example/ci/edged", Products: []string{"edged", "other"}},
 			{Name: "ops", Identity: "spiffe://fleet.example/ops", Products: []string{"*"}, Breakglass: true},
 		},
-		Audit: s.Signer.Audit, Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Audit: s.Signer.Audit, Log: slog.New(slog.DiscardHandler),
 	}
 	c, err := signer.TLSConfig(s.tls["server.crt"], s.tls["server.key"], s.tls["tls-ca.crt"])
 	if err != nil {
@@ -204,7 +203,8 @@ func TestServer_mutualTLS(t *testing.T) {
 		t.Error("a certificate of another CA is accepted")
 	}
 	plain := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
-	if _, err := plain.Get(s.url + "/healthz"); err == nil {
+	if resp, err := plain.Get(s.url + "/healthz"); err == nil {
+		resp.Body.Close()
 		t.Error("a client without a certificate is served")
 	}
 	// a client believes its own CAs only

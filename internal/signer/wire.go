@@ -109,8 +109,7 @@ func sendProblem(w http.ResponseWriter, err error, id string) {
 			break
 		}
 	}
-	var refused *Refused
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*Refused](err); ok {
 		p.Decision, p.Product, p.Artefact = refused.Decision, refused.Product, refused.Artefact.String()
 	}
 	w.Header().Set("Content-Type", typeJSON)

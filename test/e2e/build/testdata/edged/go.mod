@@ -1,0 +1,3 @@
+module example.org/edged
+
+go 1.26

@@ -1,0 +1,6 @@
+package main
+
+const (
+	healthy  = 200
+	greeting = "hello\n"
+)
