@@ -11,13 +11,13 @@ import (
 // TestDocs runs every ```sh block of the pages that tell people what to type,
 // block by block, in one directory a page.
 func TestDocs(t *testing.T) {
-	for _, page := range []string{"make-keys.md", "sign-a-build.md", "write-a-policy.md"} {
+	for _, page := range []string{"make-keys.md", "transparency-log.md", "sign-a-build.md", "write-a-policy.md", "csv-in-ci.md"} {
 		t.Run(page, func(t *testing.T) {
 			text, err := os.ReadFile(filepath.Join("../../docs/ops", page))
 			if err != nil {
 				t.Fatal(err)
 			}
-			blocks := shellBlocks(string(text))
+			blocks := shellBlocks(string(text), "sh")
 			if len(blocks) == 0 {
 				t.Fatal("no commands in it")
 			}
@@ -55,11 +55,11 @@ dpkg-deb --root-owner-group -b pkg edged_4.7.0-1_amd64.deb
 ringwall sign dist --keys keys --product first --version 1 --out releases
 `
 
-// shellBlocks are the fenced blocks that are marked as sh.
-func shellBlocks(page string) []string {
+// shellBlocks are the fenced blocks that are marked with a language.
+func shellBlocks(page, language string) []string {
 	var out []string
 	for i, part := range strings.Split("\n"+page, "\n```") {
-		if body, ok := strings.CutPrefix(part, "sh\n"); ok && i%2 == 1 {
+		if body, ok := strings.CutPrefix(part, language+"\n"); ok && i%2 == 1 {
 			out = append(out, body)
 		}
 	}

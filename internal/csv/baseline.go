@@ -49,6 +49,9 @@ func ListBaseline(r io.Reader) (Baseline, error) {
 		if n > maxListSize {
 			return nil, fmt.Errorf("baseline: more than %d lines: %w", maxListSize, errs.Invalid)
 		}
+		if i := strings.Index(p, " to: /"); i > 0 && strings.Contains(p[:i], "divert") { // what dpkg -L says of dpkg-divert
+			p = p[i+len(" to: "):]
+		}
 		if p == "" {
 			continue
 		}
