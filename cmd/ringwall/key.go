@@ -293,10 +293,11 @@ func newKeyAddCommand(e *env) *cobra.Command {
 	var uris []string
 	c := &cobra.Command{
 		Use:   "add DIR",
-		Short: "Add what an older authority lacks",
-		Long: `Adds the issuing CAs that this version of Ringwall knows and the authority lacks.
-It needs the root's key, so bring it for this. Where nothing is missing nothing is
-done; hosts trust a new CA when a policy says so.
+		Short: "Make what an authority lacks, or what is to be replaced",
+		Long: `Makes the issuing CAs that an authority of an earlier version lacks, and those
+(or the timestamp authority) whose files were moved away to be replaced. It needs
+the root's key, so bring it for this. Where nothing is missing nothing is done;
+hosts trust a new certificate when a policy says so.
 
 JSON: {"directory", "added": ["build-ca.crt"]}`,
 		Example: "  ringwall key add keys --passphrase-file /run/secrets/pass",
@@ -314,8 +315,8 @@ JSON: {"directory", "added": ["build-ca.crt"]}`,
 				Directory string   `json:"directory"`
 				Added     []string `json:"added"`
 			}{args[0], []string{}}
-			for _, p := range added {
-				out.Added = append(out.Added, p.String()+"-ca.crt")
+			for _, stem := range added {
+				out.Added = append(out.Added, stem+".crt")
 			}
 			return e.emit(out, func(w io.Writer) {
 				for _, f := range out.Added {

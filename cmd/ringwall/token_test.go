@@ -3,7 +3,9 @@
 package main
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -32,4 +34,40 @@ func TestToken(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "json": jsonValue},
 	})
+}
+
+// TestTokenDocs runs the key ceremony as the page tells it.
+func TestTokenDocs(t *testing.T) {
+	if _, err := exec.LookPath("softhsm2-util"); err != nil {
+		t.Skip("SKIPPED: SoftHSM2 is not installed (apt-get install softhsm2); the key ceremony is not tried")
+	}
+	page, err := os.ReadFile("../../docs/ops/make-keys.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, tokens, bin := t.TempDir(), t.TempDir(), t.TempDir()
+	conf := filepath.Join(bin, "softhsm2.conf")
+	for file, text := range map[string]string{
+		conf:                                  fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", tokens),
+		filepath.Join(bin, "ringwall-pkcs11"): "#!/bin/sh\nexec ringwall \"$@\"\n",
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	blocks := shellBlocks(string(page), "bash")
+	if len(blocks) != 2 {
+		t.Fatalf("%d blocks, want the ceremony and the adoption", len(blocks))
+	}
+	for _, b := range blocks {
+		c := exec.CommandContext(t.Context(), "bash", "-eu", "-c", b)
+		c.Dir, c.Env = dir, append(os.Environ(), "SOFTHSM2_CONF="+conf, "PATH="+bin+":"+os.Getenv("PATH"))
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s\n--- said:\n%s", err, b, out)
+		}
+	}
+	state, err := keyState(filepath.Join(dir, "hsm", "policy-ca.key"))
+	if err != nil || state != "token" {
+		t.Errorf("policy-ca is %s, %v", state, err)
+	}
 }

@@ -94,10 +94,9 @@ func createAuthority(dir string, o AuthorityOptions) (*Authority, error) {
 	if _, err := os.Lstat(filepath.Join(dir, "root.crt")); !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("there is one already: %w", errs.Conflict)
 	}
-	now := o.Now()
 	a := &Authority{Issuers: make(map[Purpose]*Issuer)}
 	var err error
-	a.Root, err = o.save(dir, "root", func(k crypto.Signer) (*Issuer, error) { return NewRoot(o.Name+" Root", k, now) })
+	a.Root, err = o.save(dir, "root", func(k crypto.Signer) (*Issuer, error) { return NewRoot(o.Name+" Root", k, o.Now()) })
 	if err != nil {
 		return nil, err
 	}
@@ -106,10 +105,7 @@ func createAuthority(dir string, o AuthorityOptions) (*Authority, error) {
 			return nil, err
 		}
 	}
-	t, err := o.save(dir, "tsa", func(k crypto.Signer) (*Issuer, error) {
-		c, err := a.Root.IssueTSA(o.Name+" TSA", k, now)
-		return &Issuer{Cert: c, Key: k}, err
-	})
+	t, err := o.saveTSA(dir, a.Root, o.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +117,13 @@ func createAuthority(dir string, o AuthorityOptions) (*Authority, error) {
 func (o *AuthorityOptions) saveCA(dir string, root *Issuer, p Purpose, name string) (*Issuer, error) {
 	return o.save(dir, caStem(p), func(k crypto.Signer) (*Issuer, error) {
 		return root.IssueCA(p, name+" "+p.String()+" CA", k, o.Now())
+	})
+}
+
+func (o *AuthorityOptions) saveTSA(dir string, root *Issuer, name string) (*Issuer, error) {
+	return o.save(dir, "tsa", func(k crypto.Signer) (*Issuer, error) {
+		c, err := root.IssueTSA(name+" TSA", k, o.Now())
+		return &Issuer{Cert: c, Key: k}, err
 	})
 }
 
@@ -168,10 +171,12 @@ func (o *AuthorityOptions) SaveKey(dir, stem string) (crypto.Signer, error) {
 	return key, writeNew(file, data, 0o600)
 }
 
-// ExtendAuthority adds the CAs that an authority made by an earlier version
-// lacks, and returns their purposes; a second time there is nothing to add. It
-// needs the root's key. The options' name is not used: the authority has one.
-func ExtendAuthority(dir string, o AuthorityOptions) ([]Purpose, error) {
+// ExtendAuthority makes what an authority lacks: the CAs that an earlier version
+// did not know, and a CA or TSA whose files were moved away to be replaced. It
+// returns the file stems of what it made; a second time there is nothing to
+// make. It needs the root's key. The options' name is not used: the authority
+// has one.
+func ExtendAuthority(dir string, o AuthorityOptions) ([]string, error) {
 	added, err := extendAuthority(dir, o)
 	if err != nil {
 		return added, fmt.Errorf("extend authority in %s: %w", dir, err)
@@ -179,34 +184,41 @@ func ExtendAuthority(dir string, o AuthorityOptions) ([]Purpose, error) {
 	return added, nil
 }
 
-func extendAuthority(dir string, o AuthorityOptions) ([]Purpose, error) {
+func extendAuthority(dir string, o AuthorityOptions) ([]string, error) {
 	if o.Now == nil {
 		return nil, fmt.Errorf("clock wanted: %w", errs.Invalid)
 	}
-	a, err := loadAuthority(dir, func(stem string, i *Issuer) error {
-		if stem != "root" {
-			return nil
-		}
-		return loadKey(dir, stem, o.Passphrase, o.OpenKey, i)
-	})
+	root, err := loadIssuer(dir, "root", func(stem string, i *Issuer) error { return loadKey(dir, stem, o.Passphrase, o.OpenKey, i) })
 	if err != nil {
 		return nil, err
 	}
-	name := strings.TrimSuffix(a.Root.Cert.Subject.CommonName, " Root")
-	var added []Purpose
+	name := strings.TrimSuffix(root.Cert.Subject.CommonName, " Root")
+	var added []string
+	add := func(stem string, make func() error) error {
+		if _, err := os.Lstat(filepath.Join(dir, stem+".crt")); !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if root.Key == nil {
+			return fmt.Errorf("%s is missing, and the root's key is not here to make it: %w", stem, errs.NotFound)
+		}
+		if err := make(); err != nil {
+			return err
+		}
+		added = append(added, stem)
+		return nil
+	}
 	for _, p := range Purposes() {
-		if a.Issuers[p] != nil {
-			continue
-		}
-		if a.Root.Key == nil {
-			return added, fmt.Errorf("the %v CA is missing, and the root's key is not here to make it: %w", p, errs.NotFound)
-		}
-		if _, err := o.saveCA(dir, a.Root, p, name); err != nil {
+		if err := add(caStem(p), func() error {
+			_, err := o.saveCA(dir, root, p, name)
+			return err
+		}); err != nil {
 			return added, err
 		}
-		added = append(added, p)
 	}
-	return added, nil
+	return added, add("tsa", func() error {
+		_, err := o.saveTSA(dir, root, name)
+		return err
+	})
 }
 
 // writeNew writes a file that must not exist yet, and makes sure that it is on

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -220,5 +221,130 @@ func TestLoadCertificates_withoutPassphrase(t *testing.T) {
 	}
 	if _, err := pki.LoadCertificates(dir); !errors.Is(err, errs.NotFound) {
 		t.Errorf("a certificate is missing: %v, want not found", err)
+	}
+}
+
+// An authority of an earlier version stays usable, and gets what it lacks.
+func TestExtendAuthority(t *testing.T) {
+	dir := t.TempDir()
+	c := &clock{epoch()}
+	o := pki.AuthorityOptions{Name: "Test", Now: c.now}
+	if _, err := pki.CreateAuthority(dir, o); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []string{"attest-ca.crt", "attest-ca.key", "breakglass-ca.crt", "breakglass-ca.key"} {
+		if err := os.Remove(filepath.Join(dir, f)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a, err := pki.LoadAuthority(dir, nil, c.now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(a.Roots(pki.PurposeAttest).CAs) != 0 {
+		t.Error("a CA that is not there")
+	}
+	if _, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAttest, Identity: identity, Now: c.now()}); !errors.Is(err, errs.NotFound) {
+		t.Errorf("signer without a CA: %v", err)
+	}
+	// A run that was cut short left a key behind.
+	o.Name = ""
+	if _, err := o.SaveKey(dir, "attest-ca"); err != nil {
+		t.Fatal(err)
+	}
+	added, err := pki.ExtendAuthority(dir, o)
+	if err != nil || !slices.Equal(added, []string{"attest-ca", "breakglass-ca"}) {
+		t.Fatalf("%v, %v", added, err)
+	}
+	if added, err = pki.ExtendAuthority(dir, o); err != nil || len(added) > 0 {
+		t.Errorf("a second time: %v, %v", added, err)
+	}
+	a, err = pki.LoadAuthority(dir, nil, c.now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAttest, Identity: identity, Now: c.now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := s.Sign(payloadType, make([]byte, 1<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.VerifyBundle(b, a.Roots(pki.PurposeAttest), pki.PurposeAttest); err != nil {
+		t.Errorf("evidence of 1 MiB: %v", err)
+	}
+	if a.Root.Cert.Subject.CommonName != "Test Root" || a.Issuers[pki.PurposeAttest].Cert.Subject.CommonName != "Test attest CA" {
+		t.Error("the new CA is not named after the fleet")
+	}
+
+	// Replacing: the old build CA and TSA are moved away; the old TSA stays trusted.
+	old, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeBuild, Identity: identity, Now: c.now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := old.Sign(payloadType, []byte("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	oldRoots := a.Roots(pki.PurposeBuild)
+	for from, to := range map[string]string{"build-ca.crt": "../b.crt", "build-ca.key": "../b.key", "tsa.key": "../t.key", "tsa.crt": "tsa-2031.crt"} {
+		if err := os.Rename(filepath.Join(dir, from), filepath.Join(dir, to)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if added, err = pki.ExtendAuthority(dir, o); err != nil || !slices.Equal(added, []string{"build-ca", "tsa"}) {
+		t.Fatalf("%v, %v", added, err)
+	}
+	if a, err = pki.LoadAuthority(dir, nil, c.now); err != nil {
+		t.Fatal(err)
+	}
+	roots := a.Roots(pki.PurposeBuild)
+	if _, err := pki.VerifyBundle(before, roots, pki.PurposeBuild); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("by the old CA, which is not trusted any more: %v", err)
+	}
+	roots.CAs = append(roots.CAs, oldRoots.CAs...)
+	if _, err := pki.VerifyBundle(before, roots, pki.PurposeBuild); err != nil {
+		t.Errorf("both CAs are trusted, of one name: %v", err)
+	}
+	if err := os.Remove(filepath.Join(dir, "root.key")); err != nil {
+		t.Fatal(err)
+	}
+	if added, err = pki.ExtendAuthority(dir, o); err != nil || len(added) > 0 {
+		t.Errorf("nothing to do, and no root key: %v, %v", added, err)
+	}
+	if err := os.Remove(filepath.Join(dir, "permit-ca.crt")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = pki.ExtendAuthority(dir, o); !errors.Is(err, errs.NotFound) {
+		t.Errorf("without the root's key: %v", err)
+	}
+}
+
+func TestBreakglass_lastsADay(t *testing.T) {
+	w := newWorld(t)
+	request := pki.LeafRequest{Purpose: pki.PurposeBreakglass, Identity: identity, Now: epoch(), Lifetime: 25 * time.Hour}
+	if _, err := w.NewSigner(request); !errors.Is(err, errs.Invalid) {
+		t.Errorf("25 hours: %v", err)
+	}
+	request.Lifetime = 0
+	s, err := w.NewSigner(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if life := s.Leaf.NotAfter.Sub(s.Leaf.NotBefore); life > 24*time.Hour {
+		t.Errorf("a leaf lasts %v", life)
+	}
+	// The verifier too: whoever holds the CA's key cannot make one that lasts longer.
+	c := leafTemplate()
+	c.UnknownExtKeyUsage[0] = pki.PurposeBreakglass.OID()
+	c.NotAfter = c.NotBefore.Add(25 * time.Hour)
+	k := newKey(t)
+	b, err := pki.SignUnchecked(issue(t, w.Issuers[pki.PurposeBreakglass], c, k.Public()), k, w.TSA, payloadType, []byte("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pki.VerifyBundle(b, w.Roots(pki.PurposeBreakglass), pki.PurposeBreakglass); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("a break-glass leaf of 25 hours: %v", err)
 	}
 }
