@@ -6,6 +6,7 @@ package integrations_test
 import (
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -114,9 +115,7 @@ var cases = []struct {
 
 func inputs(c map[string]string) map[string]string {
 	out := map[string]string{"artefact": "my dist", "release": "edged_1.release.json", "cells": "", "policy": "", "rings": "", "baseline": "", "notify": "", "strict": "false"}
-	for k, v := range c {
-		out[k] = v
-	}
+	maps.Copy(out, c)
 	return out
 }
 
@@ -238,10 +237,7 @@ func TestGitLabTemplate(t *testing.T) {
 	l := newLab(t)
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
-			env := map[string]string{}
-			for k, v := range job.Variables {
-				env[k] = v
-			}
+			env := maps.Clone(job.Variables)
 			for k, v := range inputs(tc.inputs) {
 				name := "CSV_" + strings.ToUpper(k)
 				if _, known := env[name]; !known {

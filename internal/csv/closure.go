@@ -53,7 +53,7 @@ func newWants(b *build) *wants {
 		if c.facts == nil || c.inner || c.nested {
 			continue
 		}
-		n := int32(i) //nolint:gosec // at most codesign.MaxRecords
+		n := int32(i)
 		if s := c.facts.shebang; s != nil {
 			if _, own := b.resolve(s.interp); !own || s.interp == "" {
 				need(n, want{id: BadInterpreter, name: s.interp, as: integrity.KindExec, written: s.raw})

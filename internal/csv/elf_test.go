@@ -216,10 +216,19 @@ func TestArchiveFormat(t *testing.T) {
 	tar := make([]byte, 512)
 	copy(tar[257:], "ustar")
 	for _, tc := range []struct{ name, head, want string }{
-		{"a.zip", "PK\x03\x04", "zip"}, {"a.docx", "PK\x03\x04", ""}, {"blob", "PK\x03\x04", "zip"},
-		{"a.1.gz", "\x1f\x8b", ""}, {"a.tar.gz", "\x1f\x8b", "tar"}, {"a.tgz", "\x1f\x8b", "tar"}, {"a.tar.gz", "text", ""},
-		{"a.cpio.xz", "\xfd7zXZ\x00", "cpio"}, {"x", "hsqs", "squashfs"}, {"x", "!<arch>\ndebian-binary", "deb"}, {"x.a", "!<arch>\n/", ""},
-		{"x", string(tar), "tar"}, {"x", "", ""},
+		{"a.zip", "PK\x03\x04", "zip"},
+		{"a.docx", "PK\x03\x04", ""},
+		{"blob", "PK\x03\x04", "zip"},
+		{"a.1.gz", "\x1f\x8b", ""},
+		{"a.tar.gz", "\x1f\x8b", "tar"},
+		{"a.tgz", "\x1f\x8b", "tar"},
+		{"a.tar.gz", "text", ""},
+		{"a.cpio.xz", "\xfd7zXZ\x00", "cpio"},
+		{"x", "hsqs", "squashfs"},
+		{"x", "!<arch>\ndebian-binary", "deb"},
+		{"x.a", "!<arch>\n/", ""},
+		{"x", string(tar), "tar"},
+		{"x", "", ""},
 	} {
 		if got := archiveFormat(tc.name, []byte(tc.head)); got != tc.want {
 			t.Errorf("%s: %q, want %q", tc.name, got, tc.want)

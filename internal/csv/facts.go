@@ -15,7 +15,7 @@ func (j *judge) static() {
 		if c.facts == nil || c.inner {
 			continue
 		}
-		n, f := int32(i), c.facts //nolint:gosec // at most codesign.MaxRecords
+		n, f := int32(i), c.facts
 		if f.bad != "" {
 			j.l.everywhere(n, cause{Unparsable, Block, "it cannot be parsed: " + f.bad, "build it again, or take it out; a host may read in it what this check cannot"})
 		}

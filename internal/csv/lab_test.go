@@ -258,5 +258,5 @@ func (x elfImage) bytes() string {
 			out = le.AppendUint64(out, v)
 		}
 	}
-	return string(append(out, body...))
+	return string(out) + string(body)
 }

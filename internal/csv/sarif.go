@@ -270,15 +270,15 @@ func (r *Report) junitCase(n int) junitCase {
 		if len(f.Cells) > 0 && !slices.Contains(f.Cells, n) {
 			continue
 		}
-		line := fmt.Sprintf("%s %s: %s. Fix: %s", f.Severity, f.ID, f.Cause, f.Fix)
+		lines := []string{fmt.Sprintf("%s %s: %s. Fix: %s", f.Severity, f.ID, f.Cause, f.Fix)}
 		for i, d := range f.folded(foldTo) {
 			if i == shownDirectories {
-				line += "\n    …"
+				lines = append(lines, "    …")
 				break
 			}
-			line += "\n    " + d.text(func(s string) string { return s })
+			lines = append(lines, "    "+d.text(func(s string) string { return s }))
 		}
-		bad[f.Severity] = append(bad[f.Severity], line)
+		bad[f.Severity] = append(bad[f.Severity], strings.Join(lines, "\n"))
 		if (f.Severity == Block || f.Severity == Hold) && !slices.Contains(ids, string(f.ID)) {
 			ids = append(ids, string(f.ID))
 		}

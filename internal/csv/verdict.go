@@ -19,7 +19,7 @@ const (
 	VerdictPredicateType = "https://in-toto.io/attestation/svr/v0.1"
 	// PropertyPassed stands in a verdict when nothing blocks and nothing is on
 	// hold in any of its cells.
-	PropertyPassed = "RINGWALL_CSV_PASSED"
+	PropertyPassed = "RINGWALL_CSV_PASSED" //nolint:gosec // the name of a property, no password
 	// PropertyRing and a ring's name stand there for each ring that passed.
 	PropertyRing = "RINGWALL_CSV_PASSED_RING_"
 

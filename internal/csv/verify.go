@@ -302,7 +302,7 @@ func (j *judge) column(col *column) error {
 		if i%4096 == 0 && j.ctx.Err() != nil {
 			return j.ctx.Err()
 		}
-		q.content(int32(i)) //nolint:gosec // at most codesign.MaxRecords
+		q.content(int32(i))
 	}
 	j.agree(col, origin)
 	j.l.soften(col)
@@ -318,7 +318,7 @@ func (l *ledger) soften(col *column) {
 		if c.id != BadRelease || c.severity != Block {
 			continue
 		}
-		at := [2]int32{whole, int32(n)} //nolint:gosec // few
+		at := [2]int32{whole, int32(n)}
 		if set, ok := l.hits[at]; ok && slices.Contains(l.sets[set], col.n) {
 			rest := slices.DeleteFunc(slices.Clone(l.sets[set]), func(x int32) bool { return x == col.n })
 			if l.hits[at] = l.set(rest); len(rest) == 0 {
@@ -543,18 +543,18 @@ func (j *judge) compare() {
 			if slices.ContainsFunc(c.paths, func(p string) bool { return signedPaths[p] }) {
 				text = "it was changed after signing: the release's catalogue lists other content under this name"
 			} else if s.catalogue.Classifier() != codesign.ClassifierVersion {
-				j.l.everywhere(int32(i), cause{ //nolint:gosec // at most codesign.MaxRecords
+				j.l.everywhere(int32(i), cause{
 					OtherClassifier, Block,
 					fmt.Sprintf("it is code by version %d of the rules and was not when the record was made, by version %d", codesign.ClassifierVersion, s.catalogue.Classifier()),
 					"sign the build again with this version of ringwall",
 				})
 				continue
 			}
-			j.l.everywhere(int32(i), cause{OtherContent, Block, text, fix}) //nolint:gosec // as above
+			j.l.everywhere(int32(i), cause{OtherContent, Block, text, fix})
 			continue
 		}
 		if rec := s.catalogue.At(int(s.index[i])); c.kinds&^rec.Kinds != 0 {
-			j.kindsDiffer(int32(i), c.kinds, rec.Kinds) //nolint:gosec // as above
+			j.kindsDiffer(int32(i), c.kinds, rec.Kinds)
 		}
 	}
 	j.removed()

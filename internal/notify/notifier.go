@@ -95,7 +95,7 @@ func (n *Notifier) open() (unlock func(), s state, err error) {
 		return func() {}, state{}, fmt.Errorf("notify: state: %w", err)
 	}
 	unlock = func() { _ = lock.Close() }
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { //nolint:gosec // a descriptor
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		return unlock, state{}, fmt.Errorf("notify: lock state: %w", err)
 	}
 	s, err = readState(n.State)
