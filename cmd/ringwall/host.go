@@ -160,6 +160,7 @@ func readReleases(paths []string) ([]agent.ReleaseRequest, error) {
 	return out, nil
 }
 
+// readRelease reads NAME.release.json with NAME.cat and NAME.names beside it.
 func readRelease(file string) (r agent.ReleaseRequest, err error) {
 	stem, ok := strings.CutSuffix(file, extRelease)
 	if !ok {
@@ -168,11 +169,12 @@ func readRelease(file string) (r agent.ReleaseRequest, err error) {
 	if r.Record, err = readBounded(file, maxBundleFile); err != nil {
 		return r, err
 	}
-	if r.Catalogue, err = readBounded(stem+extCatalogue, maxCatalogueFile); err != nil {
-		return r, err
+	for ending, to := range map[string]*[]byte{extCatalogue: &r.Catalogue, extNames: &r.Names} {
+		if *to, err = readBounded(stem+ending, maxCatalogueFile); err != nil {
+			return r, hint(err, "a release's three files lie side by side")
+		}
 	}
-	r.Names, err = readBounded(stem+extNames, maxCatalogueFile)
-	return r, err
+	return r, nil
 }
 
 func newHostApplyCommand(e *env) *cobra.Command {

@@ -61,24 +61,13 @@ func (r *loadedRelease) source() (integrity.Source, error) {
 
 // loadRelease reads NAME.release.json with NAME.cat and NAME.names beside it.
 func loadRelease(file string, roots pki.TrustRoots) (*loadedRelease, error) {
-	stem, ok := strings.CutSuffix(file, extRelease)
-	if !ok {
-		return nil, fmt.Errorf("release %s: want a file that ends in %s: %w", file, extRelease, errs.Invalid)
-	}
-	bundle, err := readBounded(file, maxBundleFile)
+	b, err := readRelease(file)
 	if err != nil {
 		return nil, fmt.Errorf("release %s: %w", file, err)
 	}
-	blob, err := readBounded(stem+extCatalogue, maxCatalogueFile)
-	if err != nil {
-		return nil, hint(fmt.Errorf("release %s: %w", file, err), "a release's three files lie side by side")
-	}
-	r := &loadedRelease{file: file}
-	if r.Release, r.catalogue, err = codesign.VerifyRelease(bundle, blob, roots); err != nil {
+	r := &loadedRelease{file: file, names: b.Names}
+	if r.Release, r.catalogue, err = codesign.VerifyRelease(b.Record, b.Catalogue, roots); err != nil {
 		return nil, fmt.Errorf("release %s: %w", file, err)
-	}
-	if r.names, err = readBounded(stem+extNames, maxCatalogueFile); err != nil {
-		return nil, hint(fmt.Errorf("release %s: %w", file, err), "a release's three files lie side by side")
 	}
 	if r.table, err = r.VerifyNames(r.names, r.catalogue); err != nil {
 		return nil, fmt.Errorf("release %s: %w", file, err)

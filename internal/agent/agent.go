@@ -103,11 +103,12 @@ type Options struct {
 
 // Agent is the host process. Make one with New and call Run once.
 type Agent struct {
-	opts  Options
-	log   *slog.Logger
-	self  integrity.Digest
-	clock *clock
-	floor host.Floor
+	opts   Options
+	log    *slog.Logger
+	self   integrity.Digest // SHA-256 of its program
+	verity integrity.Digest // its fs-verity digest; zero if it has none
+	clock  *clock
+	floor  host.Floor
 
 	enforcer Enforcer
 	watcher  Watcher
@@ -155,7 +156,7 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start agent: %w", err)
 	}
-	self, err := hashFile("/proc/self/exe")
+	self, verity, err := identity("/proc/self/exe")
 	if err != nil {
 		return nil, fmt.Errorf("start agent: hash its own program: %w", err)
 	}
@@ -167,13 +168,30 @@ func New(o Options) (*Agent, error) {
 		s.noteDamage("%v: expired permits and exceptions are told by the machine's clock and the time of the policy's signature", err)
 	}
 	a := &Agent{
-		opts: o, log: o.Log, self: self, clock: c, floor: s.openFloor(), state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
+		opts: o, log: o.Log, self: self, clock: c, verity: verity, floor: s.openFloor(), state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
 	}
 	a.bytecode = &bytecode{a: a, log: o.Log, lib: cmp.Or(o.usrLib, "/usr/lib"), status: BytecodeStatus{State: bytecodeWaiting, Why: "the agent has just started"}}
 	if o.NoBytecode {
 		a.bytecode.status = BytecodeStatus{State: bytecodeOff, Why: "the agent was started so"}
 	}
 	return a, nil
+}
+
+// identity is the SHA-256 of a file, and its fs-verity digest, by which a newer
+// kernel knows it, if it has one.
+func identity(name string) (sha, verity integrity.Digest, err error) {
+	if sha, err = hashFile(name); err != nil {
+		return sha, verity, err
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return sha, verity, err
+	}
+	defer f.Close()
+	if d, ok := host.FileVerity(f); ok {
+		verity = d
+	}
+	return sha, verity, nil
 }
 
 func hashFile(name string) (integrity.Digest, error) {

@@ -544,6 +544,6 @@ func (w *pythons) guardHome(dirs ...string) error {
 // compileOptions are what this host adds to a policy.
 func (a *Agent) compileOptions() integrity.CompileOptions {
 	return integrity.CompileOptions{
-		Self: a.self, Canary: enforce.CanaryDigest(), Script: sha256.Sum256([]byte(host.PythonScript())), Now: a.clock.now(),
+		Self: a.self, SelfVerity: a.verity, Canary: enforce.CanaryDigest(), Script: sha256.Sum256([]byte(host.PythonScript())), Now: a.clock.now(),
 	}
 }

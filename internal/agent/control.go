@@ -334,6 +334,10 @@ func (a *Agent) AddRelease(ctx context.Context, q ReleaseRequest) (ReleaseAnswer
 	if err := a.recompile(ctx); err != nil {
 		return ReleaseAnswer{}, fmt.Errorf("add release: %w", err)
 	}
+	if r.Breakglass != "" {
+		a.pipe.notice(noticePermit, fmt.Sprintf("break-glass: release %s %s, signed past its gates by %s, may run until %s: %s",
+			r.Product, r.Version, r.Identity, r.NotAfter.UTC().Format(time.RFC3339), r.Breakglass))
+	}
 	return ReleaseAnswer{r.Product, r.Version, r.Epoch, r.Record.String()}, nil
 }
 

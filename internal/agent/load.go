@@ -150,9 +150,8 @@ func (s *State) sources(l *loaded) ([]integrity.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	roots := codesign.Roots(l.policy, codesign.SignsBuild)
 	for _, r := range records {
-		src, err := s.release(r, roots)
+		src, err := s.release(r, l.policy)
 		if err != nil {
 			l.skip("release "+r, err)
 			continue
@@ -193,12 +192,12 @@ func (l *loaded) note(src integrity.Source) integrity.Source {
 	return src
 }
 
-func (s *State) release(record string, roots pki.TrustRoots) (integrity.Source, error) {
+func (s *State) release(record string, p *integrity.Policy) (integrity.Source, error) {
 	files, err := s.read(dirReleases, record, ".release.json", ".cat", ".names")
 	if err != nil {
 		return integrity.Source{}, err
 	}
-	r, c, err := codesign.VerifyRelease(files[0], files[1], roots)
+	r, c, err := codesign.VerifyTrusted(files[0], files[1], p)
 	if err != nil {
 		return integrity.Source{}, err
 	}
@@ -208,7 +207,7 @@ func (s *State) release(record string, roots pki.TrustRoots) (integrity.Source, 
 // addRelease stores a release that verifies against the trust given, and
 // returns it. One that is stored already changes nothing.
 func (s *State) addRelease(bundle, catalogue, names []byte, p *integrity.Policy) (*codesign.Release, error) {
-	r, c, err := codesign.VerifyRelease(bundle, catalogue, codesign.Roots(p, codesign.SignsBuild))
+	r, c, err := codesign.VerifyTrusted(bundle, catalogue, p)
 	if err != nil {
 		return nil, err
 	}

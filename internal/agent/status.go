@@ -66,14 +66,14 @@ type KnobStatus struct {
 	State string `json:"state"`
 }
 
-// States.
+// States: what the kernel's own status can say, and one more.
 const (
-	StateEnforcing = "enforcing"
-	StateAuditing  = "auditing"
-	StateRelaxed   = "relaxed"
-	StateUnproven  = "unproven"
+	StateEnforcing = string(enforce.StateEnforcing)
+	StateAuditing  = string(enforce.StateAuditing)
+	StateRelaxed   = string(enforce.StateRelaxed)
+	StateUnproven  = string(enforce.StateUnproven)
+	StateOff       = string(enforce.StateOff)
 	StateNoPolicy  = "no-policy"
-	StateOff       = "off"
 )
 
 const mechanism = "BPF LSM; content by dm-verity root, fs-verity digest, or SHA-256 computed by the kernel (IMA)"

@@ -64,7 +64,7 @@ func (a *Agent) upgrade(file string) (UpgradeAnswer, error) {
 	if err != nil {
 		return out, err
 	}
-	defer os.Remove(tmp)
+	defer func() { _ = os.Remove(tmp) }() // it may have been moved to its place
 	out.SHA256 = d.String()
 	e := a.loaded.compiled.Table.Entries[integrity.Key{Digest: d}]
 	switch {

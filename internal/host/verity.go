@@ -49,6 +49,22 @@ const (
 	maxDMDevices = 10_000
 )
 
+// FileVerity is the fs-verity digest of an open file that has one by SHA-256, as
+// the kernel tells it (FS_IOC_MEASURE_VERITY); ok is false for any other file.
+func FileVerity(f *os.File) (d [32]byte, ok bool) {
+	const measureVerity, sha256 = 0xc0046686, 1
+	var b struct {
+		algorithm, size uint16
+		digest          [64]byte
+	}
+	b.size = uint16(len(b.digest))
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), measureVerity, uintptr(unsafe.Pointer(&b))) //nolint:gosec // as dmIoctl
+	if errno != 0 || b.algorithm != sha256 || int(b.size) != len(d) {
+		return d, false
+	}
+	return [32]byte(b.digest[:]), true
+}
+
 // VerityVolumes lists the dm-verity volumes of this host that can be trusted by
 // their root. A kernel without device mapper has none.
 //

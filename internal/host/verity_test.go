@@ -296,3 +296,16 @@ func dmDo(f *os.File, command, flags uint32, name string, b []byte) ([]byte, err
 	copy(b[48:], name)
 	return b, dmIoctl(f, command, b)
 }
+
+func TestFileVerity_none(t *testing.T) {
+	for _, name := range []string{"/proc/self/exe", "/dev/null", "/proc/version"} {
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d, ok := FileVerity(f); ok {
+			t.Errorf("%s: %x", name, d)
+		}
+		_ = f.Close()
+	}
+}
