@@ -15,6 +15,7 @@ const (
 	groupSign   = "sign"
 	groupPolicy = "policy"
 	groupHost   = "host"
+	groupFleet  = "fleet"
 )
 
 // commands lists every noun. A new one is added here and nowhere else.
@@ -39,6 +40,11 @@ func commands(e *env) []*cobra.Command {
 		newEventsCommand(e),
 		newPackagesCommand(e),
 		newPermitCommand(e),
+		newServerCommand(e),
+		newLoginCommand(e),
+		newResourceCommand(e),
+		newTokenCommand(e),
+		newAuditCommand(e),
 		newVersionCommand(e),
 		newManCommand(e),
 		newExitCodesTopic(),
@@ -83,6 +89,7 @@ policy says whose builds run where, and the kernel refuses everything else.`,
 		&cobra.Group{ID: groupSign, Title: "Sign and verify:"},
 		&cobra.Group{ID: groupPolicy, Title: "Say what may run:"},
 		&cobra.Group{ID: groupHost, Title: "On a host:"},
+		&cobra.Group{ID: groupFleet, Title: "The fleet's server:"},
 	)
 	root.AddCommand(commands(e)...)
 	return root

@@ -7,11 +7,13 @@ import (
 	"os"
 
 	"ringwall/internal/agent"
+	"ringwall/internal/control"
 	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
 	"ringwall/internal/signer"
+	"ringwall/internal/store"
 	"ringwall/internal/transparency"
 )
 
@@ -101,4 +103,38 @@ func openStamper(a *pki.Authority, url string) (pki.Stamper, error) {
 		return nil, nil //nolint:nilnil // nil is the authority's own
 	}
 	return transparency.NewTSAClient(url, a.Roots(pki.PurposeBuild).TSAs)
+}
+
+// managed is the database as the door sees it.
+type managed struct{ *store.Store }
+
+// Write implements control.Store.
+func (m managed) Write(ctx context.Context, fn func(control.Tx) error) error {
+	return m.Store.Write(ctx, func(tx *store.Tx) error { return fn(tx) })
+}
+
+// Read implements control.Store.
+func (m managed) Read(ctx context.Context, fn func(control.Tx) error) error {
+	return m.Store.Read(ctx, func(tx *store.Tx) error { return fn(tx) })
+}
+
+// openDoor opens the server's database and the door to it.
+func openDoor(ctx context.Context, url string) (*control.Door, func() error, error) {
+	s, err := store.Open(ctx, url)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := control.New(managed{s})
+	if err != nil {
+		return nil, nil, errors.Join(err, s.Close())
+	}
+	return d, s.Close, nil
+}
+
+func backupDatabase(ctx context.Context, url, file string) error {
+	s, err := store.Open(ctx, url)
+	if err != nil {
+		return err
+	}
+	return errors.Join(s.Backup(ctx, file), s.Close())
 }

@@ -1,4 +1,4 @@
-// Package audit is the record of every change and every refusal: rows that are
+// Package audit is the record of every change, made, failed or refused: rows that are
 // chained by SHA-256, so that none can be edited, dropped, moved or inserted
 // without every later hash being wrong. The row is written in the transaction
 // of the change itself: no record, no change.

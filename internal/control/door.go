@@ -2,7 +2,7 @@
 // resource tree is read and changed.
 //
 // A change is: authorise, validate, one transaction, an audit record in it. No
-// record, no change. What is refused is recorded too. Everything is decided on
+// record, no change. A change that is refused or fails is recorded too. Everything is decided on
 // the state that the transaction sees, so that nobody uses a role that was
 // taken away meanwhile.
 package control
@@ -138,7 +138,7 @@ func (k *Kind) detail(old, d *resource.Document) (string, error) {
 		if d == nil {
 			return nil
 		}
-		return map[string]any{"location": d.Location, "tags": d.Tags, "properties": k.withoutSecrets(d.Properties), "revision": d.Revision}
+		return map[string]any{"location": d.Location, "tags": d.Tags, "properties": k.withoutSecrets(d.Properties)}
 	}
 	b, err := json.Marshal(map[string]any{"before": show(old), "after": show(d)})
 	if len(b) > maxDetail {
