@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -550,6 +552,21 @@ func TestChallenge(t *testing.T) {
 		wantReason(t, what, redeem(c), ReasonNonce)
 		_, err := Redeem(store, c.Nonce, "h1", noon)
 		wantReason(t, "after "+what, err, ReasonNonce)
+	}
+	// of many who answer one challenge, one is heard
+	c = ask()
+	var heard atomic.Int32
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			if _, err := Redeem(store, c.Nonce, "h1", noon); err == nil {
+				heard.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if heard.Load() != 1 {
+		t.Errorf("%d are heard", heard.Load())
 	}
 	_, err = Redeem(store, nil, "h1", noon)
 	wantReason(t, "no nonce", err, ReasonNonce)

@@ -67,6 +67,9 @@ const PolicyFormat = "ringwall-attestation/1"
 //
 // Digests are "sha256:" and hexadecimal. Those of measurements belong to the
 // policy's bank; certificates are named by SHA-256 of their DER.
+//
+// A parsed policy is not to be changed; any number of appraisals may use it at
+// once.
 type Policy struct {
 	Format  string      `json:"format"`
 	Name    string      `json:"name"`

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -153,5 +155,140 @@ func TestReplay_recordedStripped(t *testing.T) {
 		stripped.Events = slices.DeleteFunc(slices.Clone(log.Events), func(e RawEvent) bool { return e.PCR == pcr })
 		_, err := Replay(&stripped, nil, boot.Quoted, nil)
 		wantReason(t, "stripped", err, ReasonPCRReplay)
+	}
+}
+
+// What PCR 7 of real machines says can be accounted for.
+func TestReadSecureBoot_corpus(t *testing.T) {
+	on := map[string]bool{}
+	for name, raw := range corpus(t) {
+		l := mustParseLog(t, raw)
+		a := l.Algs[len(l.Algs)-1]
+		boot, err := Replay(l, nil, leadsTo(l, a), nil)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		if name == "short_no_action_eventlog" {
+			wantReason(t, name, boot.unsure, ReasonUnexplained)
+			continue
+		}
+		if boot.secure == nil {
+			t.Errorf("%s: %v", name, boot.unsure)
+			continue
+		}
+		on[name] = boot.secure.on() == nil
+		for _, n := range []string{"PK", "KEK", "db", "dbx"} {
+			if _, err := boot.secure.database(n); err != nil {
+				t.Errorf("%s: %s: %v", name, n, err)
+			}
+		}
+		if on[name] && len(boot.secure.authorities) == 0 {
+			t.Errorf("%s: Secure Boot is on and verified nothing", name)
+		}
+	}
+	for _, name := range []string{"rhel8-uefi", "debian-10", "cos-85-amd-sev", "cos-93-amd-sev", "cos-101-amd-sev", "sb_cert_eventlog", "option_rom_eventlog"} {
+		if !on[name] {
+			t.Errorf("%s: Secure Boot is off", name)
+		}
+		delete(on, name)
+	}
+	for name, v := range on {
+		if v {
+			t.Errorf("%s: Secure Boot is on", name)
+		}
+	}
+}
+
+// evmctl is the kernel developers' own verifier of IMA lists.
+func TestReplayIMA_evmctl(t *testing.T) {
+	tool, err := exec.LookPath("evmctl")
+	if err != nil {
+		t.Skip("SKIP: no evmctl here")
+	}
+	dir := t.TempDir()
+	write := func(name string, b []byte) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	theirs := func(list, pcr []byte) bool {
+		var b bytes.Buffer
+		for i := range NumPCRs {
+			v := make([]byte, len(pcr))
+			if i == pcrIMA {
+				v = pcr
+			}
+			fmt.Fprintf(&b, "PCR-%02d: % X\n", i, v)
+		}
+		out, err := exec.Command(tool, "ima_measurement", "--ignore-violations", "--pcrs", "sha256,"+write("pcrs", b.Bytes()), write("list", list)).CombinedOutput()
+		return err == nil && !bytes.Contains(out, []byte("not match"))
+	}
+	lists := map[string][2][]byte{}
+	for _, name := range []string{"good", "rogue", "off", "direct"} {
+		ev := recorded(t, name)
+		lists[name] = [2][]byte{ev.IMA, ev.PCRs[pcrIMA]}
+	}
+	made := &imaList{digestSize: SHA1Size}
+	made.file(bootAggregate, "boot")
+	buffer := []byte("root=/dev/vda1 quiet")
+	made.add("ima-buf", false, append(ng("sha256", SHA256.sum(buffer), "kexec-cmdline"), field(buffer)...))
+	made.add("ima-sig", false, append(ng("sha256", SHA256.sum([]byte("signed")), "/usr/bin/signed"), field([]byte{3, 2, 4, 1, 2, 3})...))
+	made.add("ima-ng", true, ng("sha256", make([]byte, 32), "/var/log/open"))
+	made.file("/usr/bin/last", "last")
+	lists["made"] = [2][]byte{made.Bytes(), made.pcr(5)}
+	compared := 0
+	for name, l := range lists {
+		size := IMADigestSize(l[0], SHA256)
+		ends := []int{0}
+		w := imaWalk{cursor: littleEndian(l[0]), digestSize: size}
+		for len(w.b) > 0 {
+			if _, err := w.read(len(ends)); err != nil {
+				t.Fatal(err)
+			}
+			ends = append(ends, len(l[0])-len(w.b))
+		}
+		flipped := bytes.Clone(l[1])
+		flipped[0] ^= 1
+		cases := map[string][2][]byte{"as it is": l, "another value": {l[0], flipped}}
+		for i := range ends[1:] {
+			cases[fmt.Sprintf("entry %d dropped", i)] = [2][]byte{slices.Concat(l[0][:ends[i]], l[0][ends[i+1]:]), l[1]}
+		}
+		for what, c := range cases {
+			_, _, err := ReplayIMA(c[0], size, IMAState{}, SHA256, c[1], nil)
+			if got := theirs(c[0], c[1]); got != (err == nil) {
+				t.Errorf("%s, %s: we say %v, evmctl %v", name, what, err, got)
+			}
+			compared++
+		}
+	}
+	t.Logf("%d verdicts agree", compared)
+}
+
+// IMA's first template, whose digest is over a name padded to 256 bytes. The
+// list has the digests of the quoted bank: each is compared.
+func TestReplayIMA_oldest(t *testing.T) {
+	ev := recorded(t, "oldest")
+	replayed(t, ev) // so PCR 10 is the only one that is left
+	size := IMADigestSize(ev.IMA, SHA256)
+	if size != SHA256.Size() {
+		t.Fatalf("digests of %d bytes", size)
+	}
+	var paths []string
+	_, _, err := ReplayIMA(ev.IMA, size, IMAState{}, SHA256, ev.PCRs[pcrIMA], func(e *IMAEntry) error {
+		word := e.Path
+		if e.Violation {
+			word = "violation"
+		}
+		if e.Template != templateIMA || e.Alg != "sha1" && !e.Violation {
+			t.Errorf("%+v", e)
+		}
+		paths = append(paths, word)
+		return nil
+	})
+	want := []string{bootAggregate, policyPath, "/bin/one", "/bin/two", "/bin/rogue", "violation", "/etc/open"}
+	if err != nil || !slices.Equal(paths, want) {
+		t.Errorf("%q, %v", paths, err)
 	}
 }

@@ -166,6 +166,7 @@ func (b *Boot) addPhases(now *Bank) {
 //   - the whole of the data: variables of PCR 7 and their authorities,
 //     separators, actions, versions, partition tables, and much of the rest;
 //   - a variable's content without its name: EV_EFI_VARIABLE_BOOT;
+//   - all but the last byte: authorities that shim before 15.3 logs;
 //   - a text without its final NUL: GRUB, systemd-boot, older action events;
 //   - the same behind GRUB's label ("grub_cmd: ", "kernel_cmdline: ", ...): the
 //     label itself is then not covered;
@@ -180,6 +181,9 @@ func measured(a Alg, t EventType, digest, data []byte) []byte {
 	case EventVariableBoot, EventVariableBoot2, EventVariableConfig, EventVariableAuthority:
 		if v, err := parseVariable(data); err == nil && is(v.Data) {
 			return v.Data
+		}
+		if n := len(data) - 1; n > 0 && is(data[:n]) {
+			return data[:n:n]
 		}
 	case EventIPL, EventTag, EventAction, EventEFIAction, EventPostCode:
 		text := bytes.TrimSuffix(data, []byte{0})

@@ -69,7 +69,14 @@ func run() error {
 			return err
 		}
 	}
-	if err := os.WriteFile("/sys/kernel/security/ima/policy", []byte(measurePolicy), 0o600); err != nil {
+	policy := measurePolicy
+	oldest := strings.Contains(string(cmdline), "ima_template=ima ")
+	if oldest {
+		for _, t := range []string{"ima-ngv2", "ima-ng", "ima-sig"} {
+			policy = strings.ReplaceAll(policy, " template="+t, "")
+		}
+	}
+	if err := os.WriteFile("/sys/kernel/security/ima/policy", []byte(policy), 0o600); err != nil {
 		return fmt.Errorf("IMA policy: %w", err)
 	}
 	if _, err := os.ReadFile("/etc/ringwall/policy.yaml"); err != nil {
@@ -97,7 +104,11 @@ func run() error {
 			return err
 		}
 	}
-	return send()
+	list := "/sys/kernel/security/ima/binary_runtime_measurements"
+	if oldest {
+		list += "_sha256" // whose digests are the ones that the bank was extended with
+	}
+	return send(list)
 }
 
 // challenge is what the test asks: always the same, because this is a recording.
@@ -105,7 +116,7 @@ func challenge() *attest.Challenge {
 	return &attest.Challenge{Nonce: bytes.Repeat([]byte{9}, attest.NonceSize), Key: bytes.Repeat([]byte{8}, 32)}
 }
 
-func send() error {
+func send(list string) error {
 	t, err := linuxtpm.Open("/dev/tpmrm0")
 	if err != nil {
 		return err
@@ -116,8 +127,8 @@ func send() error {
 		return err
 	}
 	for path, to := range map[string]*[]byte{
-		"/sys/kernel/security/tpm0/binary_bios_measurements":   &ev.EventLog,
-		"/sys/kernel/security/ima/binary_runtime_measurements": &ev.IMA,
+		"/sys/kernel/security/tpm0/binary_bios_measurements": &ev.EventLog,
+		list: &ev.IMA,
 	} {
 		if *to, err = os.ReadFile(path); err != nil {
 			return err
