@@ -242,6 +242,32 @@ exit 5
 	}
 }
 
+// A service whose process the kernel kills for memory is stopped by systemd
+// unless told otherwise; the harness has to outlive what its script starts.
+func TestDebian_outOfMemory(t *testing.T) {
+	img, k := debian(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	var out bytes.Buffer
+	r, err := vm.RunDebian(ctx, vm.DebianGuest{
+		Image: img, Kernel: k, Output: &out,
+		Script: `#!/bin/sh
+sh -c 'echo 1000 >/proc/self/oom_score_adj; exec sleep 1000' &
+sleep 1
+echo f >/proc/sysrq-trigger
+wait $!
+echo "killed: $?"
+sleep 5
+exit 5
+`,
+	})
+	skipUnsupported(t, err)
+	t.Log(r.Line())
+	if r.Exit != 5 || !strings.Contains(out.String(), "killed: 137") {
+		t.Errorf("exit %d, want 5 after the kill:\n%s", r.Exit, &out)
+	}
+}
+
 func TestDebian_tooManyReboots(t *testing.T) {
 	img, k := debian(t)
 	_, err := vm.RunDebian(t.Context(), vm.DebianGuest{

@@ -150,9 +150,10 @@ func prepareRun(c Config, boot int) error {
 		}
 	}
 	// Type=exec: the job ends at once, so the system counts as started while
-	// the script runs.
+	// the script runs. OOMPolicy: or the end of a process that the script
+	// started would be the runner's, and nobody left to stop the machine.
 	unit := "[Unit]\nDescription=Script of the harness\nAfter=multi-user.target\n" +
-		"[Service]\nType=exec\nExecStart=" + RunnerPath + "\nKillMode=process\nTasksMax=infinity\nLimitMEMLOCK=infinity\n"
+		"[Service]\nType=exec\nExecStart=" + RunnerPath + "\nKillMode=process\nOOMPolicy=continue\nTasksMax=infinity\nLimitMEMLOCK=infinity\n"
 	if err := os.WriteFile(filepath.Join(units, runnerUnit), []byte(unit), 0o644); err != nil {
 		return err
 	}
