@@ -167,6 +167,7 @@ func (c *cpioReader) member(m codesign.Member, ino cpioInode, nlink uint32) erro
 	case nlink > 1:
 		return c.linked(m, ino)
 	}
+	m.Alone = true
 	return c.content(m)
 }
 

@@ -60,7 +60,7 @@ func dirFile(full, rel string, visit func(codesign.Member, io.Reader) error) err
 	if !st.Mode().IsRegular() {
 		return fmt.Errorf("%s was a file just now: %w", full, errs.Conflict)
 	}
-	m := codesign.Member{Path: rel, Mode: st.Mode(), Size: st.Size()}
+	m := codesign.Member{Path: rel, Mode: st.Mode(), Size: st.Size(), Alone: true}
 	if st.Mode()&0o111 != 0 {
 		if m.Caps, err = hasCaps(f); err != nil {
 			return fmt.Errorf("capabilities of %s: %w", full, err)

@@ -137,7 +137,7 @@ func (e *erofsReader) each(img fs.FS, visit func(codesign.Member) error) (err er
 		if err != nil {
 			return fmt.Errorf("%.200q: %w: %w", p, err, errs.Invalid)
 		}
-		m := codesign.Member{Path: p, Mode: info.Mode()}
+		m := codesign.Member{Path: p, Mode: info.Mode(), Alone: true}
 		st, ok := info.Sys().(*erofs.Stat)
 		if !ok || st.Mode.Type() != m.Mode.Type() {
 			return fmt.Errorf("%.200q: its directory and its inode differ about what it is: %w", p, errs.Invalid)

@@ -346,7 +346,7 @@ func (s *squashfs) entry(ref uint64, p string) error {
 	if i.mode.IsDir() {
 		return s.directory(ref, p)
 	}
-	m := codesign.Member{Path: p, Mode: i.mode, Link: i.link}
+	m := codesign.Member{Path: p, Mode: i.mode, Link: i.link, Alone: true}
 	s.members++
 	if s.members > maxMembers {
 		return fmt.Errorf("more than %d members: %w", maxMembers, errs.Invalid)

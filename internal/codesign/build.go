@@ -25,9 +25,9 @@ type Built struct {
 	Catalogue []byte // cat1
 	Names     []byte // nam1
 	Records   int
-	Files     int   // regular files read
+	Files     int   // regular files
 	Code      int   // of them, those that are code
-	Bytes     int64 // read
+	Bytes     int64 // of all regular files; of what is no code, only the beginning is read where that is enough
 	Kinds     map[integrity.Kind]int
 }
 
@@ -103,15 +103,20 @@ func (b *builder) visit(m Member, r io.Reader) error {
 	return nil
 }
 
-// measure reads the content once.
+// measure reads the content once: its beginning, which says what it is, and
+// then all of it, unless nothing will ever ask for the digest.
 func (b *builder) measure(m Member, r io.Reader) (content, error) {
-	n, err := io.ReadFull(r, b.buf)
+	first := b.buf[:HeadSize]
+	n, err := io.ReadFull(r, first)
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return content{}, err
 	}
-	first := b.buf[:n]
-	c := content{looks: sniff(first[:min(n, HeadSize)]), mode: m.Mode}
+	first = first[:n]
+	c := content{looks: sniff(first), mode: m.Mode}
 	class := classOf(m.Path, m.Mode, c.looks)
+	if class.Kinds|m.Kinds == 0 && m.Alone && !b.options.AllFiles {
+		return c, nil
+	}
 	b.hasher.Reset()
 	total := int64(n)
 	if class.Compressed != "" {

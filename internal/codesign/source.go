@@ -25,6 +25,7 @@ type Member struct {
 	Install bool              // a script that the package manager runs
 	Caps    bool              // it has file capabilities (security.capability)
 	Nested  bool              // it lies in an archive that is a member itself
+	Alone   bool              // no later member is a hard link to it
 }
 
 // Source yields the members of an artefact, each path of an origin once, with
@@ -70,7 +71,7 @@ func (d dirSource) Walk(visit func(Member, io.Reader) error) error {
 		case !info.Mode().IsRegular():
 			return visit(m, nil)
 		}
-		m.Size = info.Size()
+		m.Size, m.Alone = info.Size(), true
 		f, err := d.fsys.Open(p)
 		if err != nil {
 			return err

@@ -39,7 +39,7 @@ type options struct {
 	margin                 float64
 	limit                  time.Duration
 	plan                   plan
-	parts, work            string
+	parts, work, tree      string
 }
 
 func run(ctx context.Context, args []string, out, log io.Writer) error {
@@ -55,7 +55,8 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 	f.IntVar(&o.plan.rounds, "rounds", 4, "rounds of small things in each stretch, the first not counted")
 	f.IntVar(&o.plan.real, "real", 3, "rounds of real workloads in each stretch, the first not counted")
 	f.IntVar(&o.plan.commands, "commands", 2000, "how many short commands make one workload")
-	f.StringVar(&o.parts, "parts", "costs,tables,swaps", "which guests to run")
+	f.StringVar(&o.parts, "parts", "costs,tables,swaps", "which guests to run; or catalogue, which needs none and runs alone")
+	f.StringVar(&o.tree, "tree", "/usr", "the tree that the part catalogue reads")
 	f.StringVar(&o.work, "work", "", "keep what the guests are given in this directory, and use what is there already")
 	only := f.String("only", "", "workloads to measure, with commas; default: all")
 	cfgs := f.String("configs", "", "configurations beside the baseline, with commas; default: all")
@@ -71,7 +72,12 @@ func run(ctx context.Context, args []string, out, log io.Writer) error {
 	}
 	switch *role {
 	case "":
+		if o.parts == "catalogue" {
+			return measureCatalogue(ctx, o, out, log)
+		}
 		return measure(ctx, o, out, log)
+	case "catalogue", "catalogue-all":
+		return catalogueRole(o.tree, *role == "catalogue-all", out)
 	case "costs":
 		return (&bench{plan: o.plan, out: out}).run(ctx)
 	case "tables":
