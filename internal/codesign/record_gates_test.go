@@ -10,6 +10,7 @@ import (
 
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
+	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
 )
 
@@ -55,6 +56,39 @@ func TestRelease_gating(t *testing.T) {
 		if _, _, err := tc.other(b, blob(t, 3), all); !errors.Is(err, errs.Untrusted) {
 			t.Errorf("%s, verified as the other: %v", name, err)
 		}
+	}
+}
+
+// A policy that trusts an authority for builds does not believe a release past
+// its gates; one that names break-glass does, and knows when it ends.
+func TestVerifyTrusted(t *testing.T) {
+	a := authority(t)
+	names := []byte("names")
+	glass, err := codesign.SignRelease(signer(t, a, pki.PurposeBreakglass), broken(), blob(t, 3), names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	build, err := codesign.SignRelease(signer(t, a, pki.PurposeBuild), gated(), blob(t, 3), names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &integrity.Policy{Trust: integrity.Trust{
+		Authorities: []integrity.Authority{{Name: "builds", Signs: []string{codesign.SignsBuild}, Certificate: a.Issuers[pki.PurposeBuild].Cert}},
+		Timestamps:  []integrity.Timestamp{{Name: "clock", Certificate: a.TSA.Cert}},
+	}}
+	if _, _, err := codesign.VerifyTrusted(build, blob(t, 3), p); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := codesign.VerifyTrusted(glass, blob(t, 3), p); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("a policy that does not name break-glass: %v", err)
+	}
+	p.Trust.Authorities = append(p.Trust.Authorities, integrity.Authority{Name: "glass", Signs: []string{codesign.SignsBreakglass}, Certificate: a.Issuers[pki.PurposeBreakglass].Cert})
+	r, _, err := codesign.VerifyTrusted(glass, blob(t, 3), p)
+	if err != nil || r.CA != "glass" || r.Breakglass == "" {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if _, _, err := codesign.VerifyTrusted(build, blob(t, 3), p); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -51,8 +51,8 @@ type CompileOptions struct {
 type Compiled struct {
 	Policy *Policy
 	Table  *Table
-	// NextChange is when the first exception that holds now ends: compile again
-	// then. Zero: never.
+	// NextChange is when the first exception or break-glass release that holds
+	// now ends: compile again then. Zero: never.
 	NextChange time.Time
 
 	options  CompileOptions
@@ -101,10 +101,16 @@ func Compile(p *Policy, sources []Source, o CompileOptions) (*Compiled, error) {
 	if err := c.build(); err != nil {
 		return nil, fmt.Errorf("compile policy %s: %w", p.Name, err)
 	}
-	for i := range p.Allow {
-		if t := p.Allow[i].Until; o.Now.Before(t) && (c.NextChange.IsZero() || t.Before(c.NextChange)) {
+	ends := func(t time.Time) {
+		if o.Now.Before(t) && (c.NextChange.IsZero() || t.Before(c.NextChange)) {
 			c.NextChange = t
 		}
+	}
+	for i := range p.Allow {
+		ends(p.Allow[i].Until)
+	}
+	for i := range c.origins {
+		ends(c.origins[i].NotAfter)
 	}
 	return c, nil
 }

@@ -178,6 +178,12 @@ func TestCompile_nextChange(t *testing.T) {
 	for _, h := range []int{-1, 5, 3, 4} {
 		p.Allow = append(p.Allow, integrity.AllowRule{SHA256: []integrity.Digest{digest(h + 1)}, Until: noon().Add(time.Duration(h) * time.Hour)})
 	}
+	if c, err := integrity.Compile(p, []integrity.Source{
+		{Origin: integrity.Origin{NotAfter: noon().Add(time.Hour)}, Files: func(func(integrity.File) bool) {}},
+		{Origin: integrity.Origin{NotAfter: noon()}, Files: func(func(integrity.File) bool) {}},
+	}, integrity.CompileOptions{Now: noon()}); err != nil || !c.NextChange.Equal(noon().Add(time.Hour)) {
+		t.Errorf("a break-glass release ends: %v, %v", c.NextChange, err)
+	}
 	c, err := integrity.Compile(p, nil, integrity.CompileOptions{Now: noon()})
 	if err != nil {
 		t.Fatal(err)

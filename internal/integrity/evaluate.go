@@ -267,6 +267,9 @@ func (x *index) allowedDigest(l ruleList, by int, classified, want KindSet, now 
 
 func (x *index) allowedOrigin(m *Membership, want KindSet, now time.Time, g *grant) {
 	o := m.Origin
+	if o.ended(now) {
+		return
+	}
 	if !o.Release.IsZero() {
 		l := x.release[o.Release]
 		for _, r := range l.rules {
@@ -318,6 +321,9 @@ func (x *index) refuse(v *Verdict, o *Object, asked Kind, g grant, now time.Time
 func (x *index) unwanted(o *Object, asked Kind, now time.Time) string {
 	for i := range o.Memberships {
 		m := &o.Memberships[i]
+		if m.Origin.ended(now) {
+			return "break-glass release " + m.Origin.Product + " " + m.Origin.Version + " ended " + m.Origin.NotAfter.UTC().Format(time.RFC3339)
+		}
 		as := *m
 		as.Kinds = ^KindSet(0)
 		g := grant{best: found{by: noIndicator}, other: found{by: noIndicator}, ended: found{by: noIndicator}}

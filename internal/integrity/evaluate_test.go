@@ -16,6 +16,11 @@ func TestEvaluate(t *testing.T) {
 	}
 	old := release
 	old.Epoch, old.Release = 10, digest(22)
+	glass := func(end time.Time) integrity.Origin {
+		g := release
+		g.NotAfter = end
+		return g
+	}
 	node := integrity.Origin{Archive: "debian", Package: "nodejs", Version: "18"}
 	of := func(o integrity.Origin, kinds integrity.KindSet, names ...string) integrity.Membership {
 		return integrity.Membership{Origin: &o, Kinds: kinds, Names: names}
@@ -52,6 +57,19 @@ func TestEvaluate(t *testing.T) {
 				Type:  "signer",
 				Value: "ca1, spiffe://fleet.example/build/main, product edged, epoch 11 or later",
 			}}, reason: "authorised by rule edged",
+		},
+		{
+			name: "by signer, past its gates", policy: integrity.Policy{Allow: []integrity.AllowRule{signer}},
+			object: integrity.Object{SHA256: digest(1), Memberships: []integrity.Membership{of(glass(noon().Add(time.Second)), exec)}},
+			want: integrity.Verdict{Allow: true, Rule: "edged", Indicator: integrity.Indicator{
+				Type:  "signer",
+				Value: "ca1, spiffe://fleet.example/build/main, product edged, epoch 11 or later",
+			}}, reason: "authorised by rule edged",
+		},
+		{
+			name: "past its gates, ended", policy: integrity.Policy{Allow: []integrity.AllowRule{signer}},
+			object: integrity.Object{SHA256: digest(1), Memberships: []integrity.Membership{of(glass(noon()), exec)}},
+			reason: "break-glass release edged  ended 2026-11-25T12:00:00Z",
 		},
 		{
 			name: "below the minimum epoch", policy: integrity.Policy{Allow: []integrity.AllowRule{signer}},

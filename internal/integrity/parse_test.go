@@ -9,8 +9,8 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
-	"ringwall/internal/strictyaml"
 	"ringwall/internal/pki"
+	"ringwall/internal/strictyaml"
 )
 
 // certificate returns a CA's certificate as PEM, indented for YAML.
@@ -213,7 +213,7 @@ func badPolicies() []bad {
 		{"certificate that is none", small + "trust: {authorities: [{name: ca, signs: [build], certificate: x}]}\n", []string{"trust.authorities[0].certificate: must be a PEM certificate"}, false},
 		{
 			"signs what nobody does", small + "trust: {authorities: [{name: ca, signs: [builds], certificate: x}]}\n",
-			[]string{"trust.authorities[0].signs[0]: `builds` must be one of build, policy, permit, supplement (fix: did you mean build?)", "certificate"},
+			[]string{"trust.authorities[0].signs[0]: `builds` must be one of build, breakglass, policy, permit, supplement (fix: did you mean build?)", "certificate"},
 			false,
 		},
 		{"keyring that is none", small + "trust: {archives: [{name: debian, keyring: aGVsbG8=}]}\n", []string{"trust.archives[0].keyring: is no keyring"}, true},

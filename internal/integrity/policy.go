@@ -178,12 +178,18 @@ type Origin struct {
 	SignedAt     time.Time
 	Product      string
 	Epoch        uint32
+	// NotAfter is when the word of a release that was signed past its gates
+	// ends; zero: never.
+	NotAfter time.Time
 	// Of a package.
 	Archive string
 	Package string
 	// Of both.
 	Version string
 }
+
+// ended says whether the origin's word counts no more.
+func (o *Origin) ended(now time.Time) bool { return !o.NotAfter.IsZero() && !now.Before(o.NotAfter) }
 
 // Membership is one origin's word about one content.
 type Membership struct {
