@@ -2,6 +2,7 @@ package signer
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -164,6 +165,7 @@ type Entry struct {
 	State      gate.State `json:"state,omitempty"`
 	Codes      []string   `json:"codes,omitempty"` // gate=code of what is not passed
 	Release    string     `json:"release,omitempty"`
+	LogEntry   string     `json:"log_entry,omitempty"` // what stands in a transparency log, for its monitor
 	Breakglass string     `json:"breakglass,omitempty"` // the reason
 	Approvers  []string   `json:"approvers,omitempty"`
 	NotAfter   time.Time  `json:"not_after,omitzero"`
@@ -382,6 +384,10 @@ func (s *Signer) Entry(event string, o *Order, out *Signed) Entry {
 	e.Artefact = out.SHA256.String()
 	if out.Release != nil {
 		e.Release, e.Product, e.Version = out.Release.Record.String(), out.Release.Product, out.Release.Version
+	}
+	if body, err := pki.LogBody(out.Bundle); err == nil { // not yet signed: nothing to say
+		h := pki.LeafHash(body)
+		e.LogEntry = hex.EncodeToString(h[:])
 	}
 	d := out.Decision
 	if d == nil {
