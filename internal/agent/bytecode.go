@@ -315,7 +315,8 @@ func (b *bytecode) compile(ctx context.Context, w *pythons, todo []string) (made
 		}
 		s, err := host.ReadPython(path)
 		if err != nil {
-			continue // gone, or somewhere else than it seems: the next pass looks
+			b.leave(ctx, path, err)
+			continue
 		}
 		by, ok := w.l.authorised(path, s.Digest, integrity.KindScript)
 		if !ok {
@@ -343,6 +344,14 @@ func (b *bytecode) compile(ctx context.Context, w *pythons, todo []string) (made
 		made = append(made, x)
 	}
 	return made, nil, nil
+}
+
+// leave gives a source up, as it is now.
+func (b *bytecode) leave(ctx context.Context, path string, why error) {
+	b.log.WarnContext(ctx, "left to Python", slog.String("source", path), slog.Any("error", why))
+	if st, err := host.StampOf(path); err == nil {
+		b.left[path] = st
+	}
 }
 
 // commit authorises what was made and puts it in its place. What was made under

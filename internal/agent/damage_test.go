@@ -28,6 +28,16 @@ func aged(t *testing.T) (*lab, map[int][]byte) {
 	return l, p
 }
 
+// again is the same host on another disk, as it is now.
+func (l *lab) again(t *testing.T) *lab {
+	t.Helper()
+	c := &lab{t: t, dir: t.TempDir(), keys: l.keys, kernel: newFakeKernel(), clock: l.now()}
+	if err := os.CopyFS(c.state(), os.DirFS(l.state())); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 func (l *lab) hand(policy []byte) {
 	l.t.Helper()
 	if err := l.tryHand(policy); err != nil {
@@ -57,6 +67,7 @@ func (l *lab) reboot() {
 // One damaged file, whichever it is, does not keep the policy from being
 // enforced after the next boot, and is told.
 func TestDamage_oneFile(t *testing.T) {
+	host, _ := aged(t)
 	kinds := map[string]func(name string) error{
 		"empty":     func(n string) error { return os.WriteFile(n, nil, 0o600) },
 		"cut":       func(n string) error { st, err := os.Stat(n); return errors.Join(err, os.Truncate(n, st.Size()/2)) },
@@ -68,7 +79,7 @@ func TestDamage_oneFile(t *testing.T) {
 		for kind, do := range kinds {
 			t.Run(file+" "+kind, func(t *testing.T) {
 				t.Parallel()
-				l, _ := aged(t)
+				l := host.again(t)
 				name := filepath.Join(l.state(), file)
 				if _, err := os.Stat(name); err != nil && file != "floor/clock" {
 					t.Fatal(err)
@@ -125,9 +136,11 @@ func (l *lab) waitFor(text string) {
 
 // Directories of the state may be gone or something else.
 func TestDamage_directories(t *testing.T) {
+	host, _ := aged(t)
 	for _, d := range stateDirs() {
 		t.Run(d, func(t *testing.T) {
-			l, _ := aged(t)
+			t.Parallel()
+			l := host.again(t)
 			name := filepath.Join(l.state(), d)
 			if err := errors.Join(os.RemoveAll(name), os.WriteFile(name, []byte("x"), 0o600)); err != nil {
 				t.Fatal(err)
@@ -147,6 +160,7 @@ func TestDamage_directories(t *testing.T) {
 // An old policy that was signed once is never preferred to a newer one that is
 // left, and the newest that is left is enforced even if the host has had newer ones.
 func TestDamage_oldPolicies(t *testing.T) {
+	host, p := aged(t)
 	for name, c := range map[string]struct {
 		put  map[string]int // epoch by file; 0: garbage
 		want uint64
@@ -160,7 +174,8 @@ func TestDamage_oldPolicies(t *testing.T) {
 		"a newer one that was signed": {map[string]int{filePolicyCopy: 7}, 7, "an old one back"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l, p := aged(t)
+			t.Parallel()
+			l := host.again(t)
 			for f, epoch := range c.put {
 				l.put(f, append([]byte(nil), p[epoch]...))
 			}

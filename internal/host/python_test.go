@@ -203,3 +203,24 @@ func TestBytecodePath(t *testing.T) {
 		}
 	}
 }
+
+func TestReadPlain(t *testing.T) {
+	dir := t.TempDir()
+	if err := errors.Join(os.Mkdir(dir+"/real", 0o755), os.WriteFile(dir+"/real/a.py", []byte("x"), 0o644), os.Symlink("real", dir+"/link"), os.Symlink("a.py", dir+"/real/b.py")); err != nil {
+		t.Fatal(err)
+	}
+	if b, st, err := host.ReadPlain(dir+"/real/a.py", 1); err != nil || string(b) != "x" || st.Size != 1 {
+		t.Errorf("%q, %+v, %v", b, st, err)
+	}
+	for _, n := range []string{dir + "/link/a.py", dir + "/real/b.py", dir + "/real", dir + "/real/../real/a.py", "a.py", "/"} {
+		if _, _, err := host.ReadPlain(n, 1); err == nil {
+			t.Errorf("%s: read", n)
+		}
+	}
+	if _, _, err := host.ReadPlain(dir+"/none", 1); !errors.Is(err, errs.NotFound) {
+		t.Errorf("%v", err)
+	}
+	if _, _, err := host.ReadPlain(dir+"/real/a.py", 0); !errors.Is(err, errs.Invalid) {
+		t.Errorf("too long: %v", err)
+	}
+}
