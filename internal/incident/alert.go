@@ -1,0 +1,129 @@
+// Package incident turns blocks on hosts into few incidents that people work
+// on: which events are one alert, which alerts are one incident, whom to page
+// and when again, and what an incident has to say before it is closed.
+//
+// Everything is pure: the caller stores what changes and sends what comes out.
+// Hosts are counted inside an alert and never part of its key, so a block on
+// five thousand hosts is one incident and one page.
+package incident
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Event is a block, or a would-be block, as a host reports it. A host merges
+// repeats by itself and counts them.
+type Event struct {
+	ID     string // the host's, unique: the same event may come twice
+	Scope  string // where in the resource tree the host is
+	Host   string
+	Kind   string // exec, library, script, …
+	SHA256 string // hex; empty when the content had no stable digest
+	Signer string // identity of the signer; empty for unsigned
+	Path   string
+	Parent string // the program that started it
+	Rule   string
+	Reason string // the reason's stable name
+	Mode   string // enforce or audit
+	Epoch  uint64 // of the policy in force
+	// Flip: the policy before would have allowed it, so the change of policy is
+	// the cause.
+	Flip  bool
+	Count uint64    // how often; at least 1
+	At    time.Time // when the server received it: a host's clock proves nothing
+}
+
+// Key names an alert: the same content (or signer), kind, class of place and
+// reason in one scope, on however many hosts.
+type Key string
+
+// KeyOf is the alert that an event belongs to.
+func KeyOf(e *Event) Key {
+	what := "sha256 " + e.SHA256
+	if e.SHA256 == "" {
+		what = "signer " + e.Signer
+	}
+	h := sha256.New()
+	var n [8]byte
+	for _, s := range []string{strings.ToLower(e.Scope), e.Kind, what, PathClass(e.Path), e.Reason} {
+		binary.BigEndian.PutUint64(n[:], uint64(len(s))) // no two lists of fields hash alike
+		h.Write(n[:])
+		h.Write([]byte(s))
+	}
+	return Key(hex.EncodeToString(h.Sum(nil)[:16]))
+}
+
+// PathClass says what sort of place a path is, so that a file with a random name
+// in a home directory is the same alert in every home directory.
+func PathClass(path string) string {
+	for _, c := range []struct{ prefix, class string }{
+		{"/tmp/", "temporary"},
+		{"/var/tmp/", "temporary"},
+		{"/dev/shm/", "temporary"},
+		{"/run/user/", "temporary"},
+		{"/home/", "home"},
+		{"/root/", "home"},
+		{"/var/lib/docker/", "container"},
+		{"/var/lib/containers/", "container"},
+		{"/usr/local/", "local"},
+		{"/opt/", "local"},
+		{"/srv/", "local"},
+		{"/usr/", "system"},
+		{"/bin/", "system"},
+		{"/sbin/", "system"},
+		{"/lib", "system"},
+		{"/boot/", "system"},
+		{"/etc/", "system"},
+		{"/var/", "state"},
+	} {
+		if strings.HasPrefix(path, c.prefix) {
+			return c.class
+		}
+	}
+	if strings.HasPrefix(path, "memfd:") || strings.HasPrefix(path, "/memfd:") || path == "" {
+		return "memory"
+	}
+	return "other"
+}
+
+// MaxHosts is how many of an alert's hosts are named; the rest are counted.
+const MaxHosts = 1000
+
+// Alert is all events of one key.
+type Alert struct {
+	Key    Key       `json:"key"`
+	Sample Event     `json:"sample"` // the first one
+	First  time.Time `json:"first"`
+	Last   time.Time `json:"last"`
+	Count  uint64    `json:"count"` // blocks
+	Hosts  []string  `json:"hosts"` // sorted, at most MaxHosts
+	More   int       `json:"more"`  // events of hosts that are not named
+	Flip   bool      `json:"flip"`
+}
+
+// add counts an event and says whether its host is new to the alert.
+func (a *Alert) add(e *Event) (newHost bool) {
+	if a.Count == 0 {
+		a.Key, a.Sample, a.First = KeyOf(e), *e, e.At
+	}
+	a.Count += max(e.Count, 1)
+	a.Flip = a.Flip || e.Flip
+	if e.At.After(a.Last) {
+		a.Last = e.At
+	}
+	i, known := slices.BinarySearch(a.Hosts, e.Host)
+	switch {
+	case known:
+		return false
+	case len(a.Hosts) == MaxHosts:
+		a.More++
+		return false
+	}
+	a.Hosts = slices.Insert(a.Hosts, i, e.Host)
+	return true
+}
