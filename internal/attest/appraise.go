@@ -312,20 +312,27 @@ func (w *imaReader) entry(e *IMAEntry) error {
 		w.facts.MoreViolations += add(&w.facts.Violations, Finding{Entry: e.Index, Path: e.Path})
 		return nil
 	}
-	record := w.policy.PolicyRecord
-	if record.Path != "" && e.Path == record.Path {
-		w.facts.PolicyRecord = e.Alg + ":" + hexText(e.Digest)
-		return nil
+	if record := w.policy.PolicyRecord; record.Path != "" && e.Path == record.Path {
+		w.facts.PolicyRecord = e.digestText()
+		if slices.Contains(record.Digests, w.facts.PolicyRecord) {
+			return nil
+		}
+		// whatever else was there, it is not excused by its name
 	}
 	if w.catalogues != nil && w.catalogues.Knows(e.Alg, e.Digest, e.Verity) {
 		return nil
 	}
-	digest := e.Alg + ":" + hexText(e.Digest)
-	if e.Verity {
-		digest = "verity:" + digest
-	}
-	w.facts.MoreUnknown += add(&w.facts.Unknown, Finding{Entry: e.Index, Path: e.Path, Digest: digest})
+	w.facts.MoreUnknown += add(&w.facts.Unknown, Finding{Entry: e.Index, Path: e.Path, Digest: e.digestText()})
 	return nil
+}
+
+// digestText is the form of findings: "sha256:…", or "verity:sha256:…".
+func (e *IMAEntry) digestText() string {
+	text := e.Alg + ":" + hexText(e.Digest)
+	if e.Verity {
+		return "verity:" + text
+	}
+	return text
 }
 
 // add appends where there is room, and counts where there is none.

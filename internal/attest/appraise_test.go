@@ -241,12 +241,16 @@ func TestAppraise_hosts(t *testing.T) {
 		},
 		"an old integrity policy": {
 			func(m *machine) { m.files[3] = "policy 3" },
-			map[Check]Reason{CheckPolicy: ReasonPolicyRecord},
+			map[Check]Reason{CheckPolicy: ReasonPolicyRecord, CheckIMA: ReasonIMAUnknown},
 		},
 		"the previous one": {func(m *machine) { m.files[3] = "policy 4" }, nil},
 		"an old policy loaded after the good one": {
 			func(m *machine) { m.files = append(m.files, policyPath, "policy 3") },
-			map[Check]Reason{CheckPolicy: ReasonPolicyRecord},
+			map[Check]Reason{CheckPolicy: ReasonPolicyRecord, CheckIMA: ReasonIMAUnknown},
+		},
+		"a program under the policy's name": {
+			func(m *machine) { m.files = append([]string{policyPath, "rogue"}, m.files...) },
+			map[Check]Reason{CheckIMA: ReasonIMAUnknown},
 		},
 		"no integrity policy": {
 			func(m *machine) { m.files = append(m.files[:2:2], m.files[4:]...) },

@@ -2,7 +2,6 @@ package attest
 
 import (
 	"bytes"
-	"encoding/binary"
 	"hash"
 	"slices"
 	"strings"
@@ -305,11 +304,9 @@ func checkBootAggregate(e *IMAEntry, firmware *Bank) error {
 // the first entry; 0 if neither fits.
 func IMADigestSize(list []byte, bank Alg) int {
 	for _, size := range []int{SHA1Size, bank.Size()} {
-		if len(list) < 4+size+4 {
-			continue
-		}
-		n := binary.LittleEndian.Uint32(list[4+size:])
-		if n > 0 && n <= maxIMATemplate && len(list) >= 4+size+4+int(n) && bytes.HasPrefix(list[4+size+4:], []byte(templateIMA)) {
+		w := imaWalk{cursor: littleEndian(list), digestSize: size}
+		e, err := w.read(0)
+		if err == nil && strings.IndexFunc(e.Template, func(r rune) bool { return r <= ' ' || r > '~' }) < 0 {
 			return size
 		}
 	}

@@ -100,6 +100,15 @@ func TestReplayIMA(t *testing.T) {
 		if got := IMADigestSize(l.Bytes(), SHA256); got != size {
 			t.Errorf("digests of %d bytes are taken for %d", size, got)
 		}
+		w := imaWalk{cursor: littleEndian(l.Bytes()), digestSize: size}
+		for i := range n { // a later round may begin anywhere
+			if got := IMADigestSize(w.b, SHA256); got != size {
+				t.Errorf("from entry %d on: digests of %d bytes are taken for %d", i, size, got)
+			}
+			if _, err := w.read(i); err != nil {
+				t.Fatal(err)
+			}
+		}
 		var seen []IMAEntry
 		to, rest, err := ReplayIMA(l.Bytes(), size, IMAState{}, SHA256, l.pcr(n), func(e *IMAEntry) error {
 			seen = append(seen, *e)

@@ -15,7 +15,10 @@ func bootTexts() []string {
 	}
 }
 
-func isSeparator(e *Event) bool { return bytes.Equal(e.Measured, make([]byte, 4)) }
+// isSeparator: all zeros or all ones, nothing else is normal (profile, table 27).
+func isSeparator(e *Event) bool {
+	return len(e.Measured) == 4 && (allZero(e.Measured) || allOnes(e.Measured))
+}
 
 // bootApplications accounts for every event of PCR 4: separators, firmware's
 // own texts, and otherwise digests of programs, all of which must be

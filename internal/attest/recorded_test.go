@@ -292,3 +292,42 @@ func TestReplayIMA_oldest(t *testing.T) {
 		t.Errorf("%q, %v", paths, err)
 	}
 }
+
+// A kernel that firmware handed over past Secure Boot can add what is missing
+// afterwards. If only its users do, the kernel's own boot_aggregate tells; if the
+// kernel does, nothing but the firmware's PCRs can: the limit that the design
+// names.
+func TestAppraise_addedAfterwards(t *testing.T) {
+	good, direct := recorded(t, "good"), recorded(t, "direct")
+	lied := mustParseLog(t, direct.EventLog)
+	separated := false
+	for _, e := range mustParseLog(t, good.EventLog).Events {
+		separated = separated || e.PCR == 4 && e.Type == EventSeparator
+		if separated && (e.Type == EventVariableAuthority || e.Type == EventApplication || e.PCR == pcrUKI) {
+			lied.Events = append(lied.Events, e)
+		}
+	}
+	f := newForger(t) // an honest TPM, extended with lies
+	policy, catalogues := recordedPolicy(t, good), files(expected(t, "files.txt"))
+	appraise := func(list, pcr []byte, p *Policy) *Result {
+		bank := leadsTo(lied, SHA256)
+		bank.Values[pcrIMA] = pcr
+		in := newMachine().input(t, f)
+		in.Evidence.EventLog, in.Evidence.IMA, in.Evidence.PCRs = encode(direct.EventLog, lied.Events), list, bank.Values[:]
+		in.Evidence.Quote = f.sign(f.quote(in.Challenge.Qualifying(in.Evidence.Claims), bank, Clock{Resets: 1}))
+		in.Policy, in.Catalogues, in.Enrolled.Basis = p, catalogues, BasisVTPMCA
+		r, _, _ := Appraise(in)
+		return r
+	}
+	r := appraise(direct.IMA, direct.PCRs[pcrIMA], policy)
+	if !slices.Contains(r.Reasons(), ReasonIMABootAggregate) {
+		t.Errorf("users of an honest kernel: %v", r.Reasons())
+	}
+	list := &imaList{digestSize: SHA1Size}
+	list.add("ima-ng", false, ng("sha256", SHA256.sum(leadsTo(lied, SHA256).Values[:10]...), bootAggregate))
+	list.file(policyPath, "policy 5\n")
+	wantFailed(t, "a dishonest kernel", appraise(list.Bytes(), list.pcr(2), policy), nil)
+	p := *policy
+	p.Firmware = []Profile{{Name: "OVMF 2026.02", PCRs: []PCRValue{{0, sha("newer firmware")}}}}
+	wantFailed(t, "firmware without the hole only", appraise(list.Bytes(), list.pcr(2), reparse(t, &p)), map[Check]Reason{CheckFirmware: ReasonFirmware})
+}

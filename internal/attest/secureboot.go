@@ -54,7 +54,7 @@ func readSecureBoot(b *Boot) (*secureBoot, error) {
 		if e.Measured == nil {
 			return nil, refusePCR(ReasonUnexplained, 7, "event %d: its digest is not the one of its data", e.Index)
 		}
-		if bytes.Equal(e.Measured, make([]byte, 4)) {
+		if isSeparator(e) {
 			if separated {
 				return nil, refusePCR(ReasonUnexplained, 7, "event %d: a second separator", e.Index)
 			}
