@@ -124,7 +124,7 @@ func (a *api) fail(w http.ResponseWriter, r *http.Request, request string, err e
 	case status == http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	case status == http.StatusInternalServerError:
-		a.log.ErrorContext(r.Context(), "request_failed", "request", request, "method", r.Method, "path", r.URL.Path, "error", err)
+		a.log.ErrorContext(r.Context(), "request_failed", slog.String("request", request), slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Any("error", err))
 	}
 	w.Header().Set("x-ms-error-code", code)
 	type body struct {

@@ -232,7 +232,7 @@ func TestAccess(t *testing.T) {
 			if may && r.StatusCode >= 300 || !may && r.StatusCode != want {
 				t.Errorf("%s %s as %s: %d %s", tc.method, tc.path, name, r.StatusCode, r.body)
 			}
-			if r.StatusCode == 401 && r.Header.Get("WWW-Authenticate") != "Bearer" {
+			if r.StatusCode == http.StatusUnauthorized && r.Header.Get("WWW-Authenticate") != "Bearer" {
 				t.Error("401 without WWW-Authenticate")
 			}
 		}
@@ -266,7 +266,7 @@ func TestWatch(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	open := func(query string, header ...string) *bufio.Scanner {
-		req, err := http.NewRequestWithContext(ctx, "GET", s.url+"/ringwall/watch"+query, nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+"/ringwall/watch"+query, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -279,7 +279,7 @@ func TestWatch(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = resp.Body.Close() })
-		if resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "text/event-stream" {
+		if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "text/event-stream" {
 			t.Fatalf("%d %s", resp.StatusCode, resp.Header)
 		}
 		return bufio.NewScanner(resp.Body)

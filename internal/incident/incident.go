@@ -87,6 +87,7 @@ type Incident struct {
 
 	OpenedAt       time.Time `json:"opened_at"`
 	PagedAt        time.Time `json:"paged_at,omitzero"`        // the first page was accepted
+	LastPage       time.Time `json:"last_page,omitzero"`       // was asked for
 	AcknowledgedAt time.Time `json:"acknowledged_at,omitzero"` // first
 	AckUntil       time.Time `json:"acknowledged_till,omitzero"`
 	MitigatedAt    time.Time `json:"mitigated_at,omitzero"`
@@ -204,6 +205,9 @@ func (i *Incident) Add(e *Event) []Notice {
 		if before == "" {
 			return []Notice{i.page(e.At, i.Title)}
 		}
+		if worse && e.At.Sub(i.LastPage) < EscalateAfter {
+			return []Notice{{Incident: i.ID, Text: "now " + string(i.Severity)}} // who was paged will see it
+		}
 		if worse {
 			return []Notice{i.page(e.At, "now "+string(i.Severity))}
 		}
@@ -234,6 +238,7 @@ func (i *Incident) page(at time.Time, text string) Notice {
 	if i.Severity == Info {
 		return Notice{Incident: i.ID, Text: text}
 	}
+	i.LastPage = at
 	i.note(at, self, "page, level %d: %s", i.Level, text)
 	return Notice{Incident: i.ID, Page: true, Level: i.Level, Text: text}
 }
