@@ -61,12 +61,19 @@ func (r *loadedRelease) source() (integrity.Source, error) {
 
 // loadRelease reads NAME.release.json with NAME.cat and NAME.names beside it.
 func loadRelease(file string, roots pki.TrustRoots) (*loadedRelease, error) {
+	return loadReleaseAs(file, func(record, catalogue []byte) (*codesign.Release, *codesign.Catalogue, error) {
+		return codesign.VerifyRelease(record, catalogue, roots)
+	})
+}
+
+// loadReleaseAs is loadRelease with another way to verify.
+func loadReleaseAs(file string, verify func(record, catalogue []byte) (*codesign.Release, *codesign.Catalogue, error)) (*loadedRelease, error) {
 	b, err := readRelease(file)
 	if err != nil {
 		return nil, fmt.Errorf("release %s: %w", file, err)
 	}
 	r := &loadedRelease{file: file, names: b.Names}
-	if r.Release, r.catalogue, err = codesign.VerifyRelease(b.Record, b.Catalogue, roots); err != nil {
+	if r.Release, r.catalogue, err = verify(b.Record, b.Catalogue); err != nil {
 		return nil, fmt.Errorf("release %s: %w", file, err)
 	}
 	if r.table, err = r.VerifyNames(r.names, r.catalogue); err != nil {
@@ -79,7 +86,9 @@ func loadRelease(file string, roots pki.TrustRoots) (*loadedRelease, error) {
 // stands for every release in it. One that does not verify is an error: what
 // is asked about would come out wrong without it.
 func loadSources(paths []string, p *integrity.Policy) ([]integrity.Source, error) {
-	roots := codesign.Roots(p, codesign.SignsBuild)
+	verify := func(record, catalogue []byte) (*codesign.Release, *codesign.Catalogue, error) {
+		return codesign.VerifyTrusted(record, catalogue, p)
+	}
 	var out []integrity.Source
 	for _, path := range paths {
 		files := []string{path}
@@ -92,7 +101,7 @@ func loadSources(paths []string, p *integrity.Policy) ([]integrity.Source, error
 			}
 		}
 		for _, f := range files {
-			r, err := loadRelease(f, roots)
+			r, err := loadReleaseAs(f, verify)
 			if err != nil {
 				return nil, err
 			}

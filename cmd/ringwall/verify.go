@@ -20,7 +20,7 @@ import (
 
 type verifyOptions struct {
 	trust, content, extract string
-	policy                  bool
+	policy, breakglass      bool
 }
 
 // verifiedRelease is what a release record says, once believed.
@@ -108,6 +108,7 @@ JSON of a policy: {"file", "name", "epoch", "supplements", "sha256", "authority"
 	f := c.Flags()
 	f.StringVar(&o.trust, "trust", "", "whom to believe: an authority's `DIR`, or a policy's YAML")
 	f.StringVar(&o.content, "content", "", "compare with the directory, tar archive or package at `PATH`")
+	f.BoolVar(&o.breakglass, "breakglass", false, "FILE is of a build that was signed past its gates")
 	f.BoolVar(&o.policy, "policy", false, "FILE is a signed policy, whatever its name")
 	f.StringVar(&o.extract, "extract", "", "write the YAML of a signed policy to `FILE`")
 	require(c, "trust")
@@ -118,11 +119,17 @@ func (o *verifyOptions) verifyRelease(ctx context.Context, e *env, file string) 
 	if o.extract != "" {
 		return usage(errors.New("--extract is for signed policies"))
 	}
-	roots, err := loadRoots(o.trust, pki.PurposeBuild)
+	purpose, verify := pki.PurposeBuild, codesign.VerifyRelease
+	if o.breakglass {
+		purpose, verify = pki.PurposeBreakglass, codesign.VerifyBreakglass
+	}
+	roots, err := loadRoots(o.trust, purpose)
 	if err != nil {
 		return err
 	}
-	r, err := loadRelease(file, roots)
+	r, err := loadReleaseAs(file, func(record, catalogue []byte) (*codesign.Release, *codesign.Catalogue, error) {
+		return verify(record, catalogue, roots)
+	})
 	if err != nil {
 		return err
 	}
