@@ -49,7 +49,7 @@ A pipeline stops on anything but 0.`,
 		newCSVExplainCommand(e),
 		newCSVDiffCommand(e),
 	)
-	for _, sub := range c.Commands() {
+	for _, sub := range append(c.Commands(), c) {
 		sub.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 			return codedError{csv.ExitUsage, explainFlag(c, err)}
 		})

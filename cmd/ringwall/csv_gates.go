@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -28,7 +29,7 @@ func (g *csvGates) flags(c *cobra.Command) {
 }
 
 // ask is nil when no release policy is given.
-func (g *csvGates) ask(e *env) (csv.Gates, error) {
+func (g *csvGates) ask(now time.Time) (csv.Gates, error) {
 	if g.policy == "" {
 		if len(g.evidence) > 0 {
 			return nil, usage(errors.New("--evidence needs --release-policy"))
@@ -44,11 +45,11 @@ func (g *csvGates) ask(e *env) (csv.Gates, error) {
 		return nil, err
 	}
 	return func(_ context.Context, s csv.Subject, r *codesign.Release) ([]csv.GateIssue, error) {
-		return g.evaluate(e, p, s, r)
+		return g.evaluate(p, s, r, now)
 	}, nil
 }
 
-func (g *csvGates) evaluate(e *env, p *gate.Policy, s csv.Subject, r *codesign.Release) ([]csv.GateIssue, error) {
+func (g *csvGates) evaluate(p *gate.Policy, s csv.Subject, r *codesign.Release, now time.Time) ([]csv.GateIssue, error) {
 	if r == nil {
 		return []csv.GateIssue{{
 			Severity: csv.Hold, Cause: "no policy believes a release record of this build, so nobody can say which gates it passed",
@@ -78,7 +79,7 @@ func (g *csvGates) evaluate(e *env, p *gate.Policy, s csv.Subject, r *codesign.R
 	}
 	d := gate.Evaluate(p, gate.Request{
 		Product: r.Product, Version: r.Version, Epoch: r.Epoch, Revision: r.Revision, Artefact: gate.Digest(s.Digest),
-	}, evidence, e.now())
+	}, evidence, now)
 	for _, x := range d.Results {
 		if asksForCSV(p, x.Gate) {
 			continue // that is this run's own verdict

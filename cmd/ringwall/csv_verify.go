@@ -148,7 +148,7 @@ func (o *csvOptions) run(ctx context.Context, e *env, path string) error {
 	if err != nil {
 		return err
 	}
-	gates, err := o.gates.ask(e)
+	gates, err := o.gates.ask(now)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -124,28 +125,6 @@ func TestELF_farAway(t *testing.T) {
 	}
 }
 
-func FuzzELF(f *testing.F) {
-	for _, name := range []string{"/bin/true", "/lib64/ld-linux-x86-64.so.2"} {
-		if b, err := os.ReadFile(name); err == nil && len(b) < 1<<20 {
-			f.Add(b, 4096)
-		}
-	}
-	f.Add([]byte("\x7fELF\x02\x01\x01"), 1)
-	f.Fuzz(func(t *testing.T, b []byte, piece int) {
-		whole, err := scan(b, max(1, len(b)))
-		if err != nil && !errors.Is(err, errs.Invalid) {
-			t.Fatal(err)
-		}
-		pieces, err2 := scan(b, min(max(piece, 1), 1<<16))
-		if (err == nil) != (err2 == nil) || (whole == nil) != (pieces == nil) {
-			t.Fatalf("in pieces: %v, %v; at once: %v, %v", pieces, err2, whole, err)
-		}
-		if whole != nil && len(whole.needed) > maxNeeded {
-			t.Fatal("out of bounds")
-		}
-	})
-}
-
 func TestShebang(t *testing.T) {
 	for text, want := range map[string]shebang{
 		"#!/bin/sh\n":                           {interp: "usr/bin/sh", raw: "/bin/sh"},
@@ -234,4 +213,41 @@ func TestArchiveFormat(t *testing.T) {
 			t.Errorf("%s: %q, want %q", tc.name, got, tc.want)
 		}
 	}
+}
+
+func FuzzReadVerdict(f *testing.F) {
+	f.Add([]byte(`{"_type":"https://in-toto.io/Statement/v1","subject":[{"name":"a","digest":{"sha256":"` + strings.Repeat("1", 64) + `"}}],` +
+		`"predicateType":"https://in-toto.io/attestation/svr/v0.1","predicate":{"verifier":{"id":"x"},"timeCreated":"2031-05-01T12:00:00Z","properties":[],` +
+		`"outcome":"note","inventory":"2031-05-01T12:00:00Z","policies":[]}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		v, err := readVerdict(b)
+		if err != nil {
+			if !errors.Is(err, errs.Invalid) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if v.Artefact.IsZero() || v.Verifier == "" || v.Outcome.rank() < 0 {
+			t.Fatalf("%+v", v)
+		}
+	})
+}
+
+func FuzzReadReport(f *testing.F) {
+	f.Add([]byte(`{"version":1,"cells":[{}],"findings":[{"id":"CSV001","cells":[0],"members":[{"paths":["a"]}]}]}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := ReadReport(bytes.NewReader(b))
+		if err != nil {
+			if !errors.Is(err, errs.Invalid) {
+				t.Fatal(err)
+			}
+			return
+		}
+		var out bytes.Buffer // whatever it says, it can be printed
+		r.WriteText(&out, strconv.Quote)
+		r.WriteMarkdown(&out)
+		if err := errors.Join(r.WriteSARIF(&out, ""), r.WriteJUnit(&out)); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
