@@ -53,6 +53,13 @@ cp dist/bin/edge pkg/usr/bin/edged
 printf 'Package: edged\nVersion: 4.7.0-1\nArchitecture: amd64\nMaintainer: Nobody <nobody@example.invalid>\nDescription: a daemon\n' > pkg/DEBIAN/control
 dpkg-deb --root-owner-group -b pkg edged_4.7.0-1_amd64.deb
 ringwall sign dist --keys keys --product first --version 1 --out releases
+[ "$PAGE" = sign-a-build.md ] || exit 0
+git init -q src
+git -C src -c user.name=Bob -c user.email=bob@example.org commit -q --allow-empty -m 'Serve faster
+
+Reviewed-by: Ann Other <ann@example.org>'
+printf '{"Action":"pass","Package":"example.org/edged","Test":"TestA"}\n' > go-test.json
+printf '{"version":"2.1.0","runs":[{"tool":{"driver":{"name":"gosec"}},"results":[]}]}' > gosec.sarif
 `
 
 // shellBlocks are the fenced blocks that are marked with a language.
