@@ -111,6 +111,26 @@ func ReplayIMA(list []byte, digestSize int, from IMAState, bank Alg, quoted []by
 	return to, rest, nil
 }
 
+// IMALeadsTo is where a whole list leads: what PCR 10 would be if a kernel had
+// written it and no more.
+func IMALeadsTo(list []byte, digestSize int, bank Alg) (IMAState, error) {
+	s := IMAState{PCR: make([]byte, bank.Size())}
+	if len(list) > MaxIMA {
+		return s, tooLarge("IMA list of %d bytes (at most %d)", len(list), MaxIMA)
+	}
+	w := imaWalk{cursor: littleEndian(list), bank: bank, digestSize: digestSize, hash: bank.new()}
+	for ; len(w.b) > 0; s.Entries++ {
+		if s.Entries == maxIMAEntries {
+			return s, tooLarge("IMA list of more than %d entries", maxIMAEntries)
+		}
+		if _, err := w.next(s.Entries); err != nil {
+			return s, err
+		}
+		s.PCR = bank.sum(s.PCR, w.extended)
+	}
+	return s, nil
+}
+
 // imaWalk steps through a list; its buffers are used again for every entry.
 type imaWalk struct {
 	cursor

@@ -117,6 +117,12 @@ func TestReplayIMA(t *testing.T) {
 		if err != nil || to.Entries != n || rest != 0 || len(seen) != n {
 			t.Fatalf("%d of %d entries, %d bytes rest, %v", to.Entries, n, rest, err)
 		}
+		if end, err := IMALeadsTo(l.Bytes(), size, SHA256); err != nil || end.Entries != n || !bytes.Equal(end.PCR, l.pcr(n)) {
+			t.Errorf("it leads to %+v, %v", end, err)
+		}
+		if _, err := IMALeadsTo(l.Bytes()[:l.Len()-1], size, SHA256); !errors.Is(err, errs.Invalid) {
+			t.Errorf("cut: %v", err)
+		}
 		for i, want := range []struct {
 			path, alg string
 			digest    []byte
