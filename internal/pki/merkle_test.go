@@ -3,6 +3,7 @@ package pki_test
 import (
 	"crypto/sha256"
 	"errors"
+	"slices"
 	"strconv"
 	"testing"
 
@@ -77,7 +78,7 @@ func TestMerkle_againstTheDefinition(t *testing.T) {
 			for name, err := range map[string]error{
 				"other leaf":  pki.VerifyInclusion(pki.LeafHash(nil), uint64(m), uint64(n), root, p),
 				"other root":  pki.VerifyInclusion(leaves[m], uint64(m), uint64(n), pki.LeafHash(nil), p),
-				"longer":      pki.VerifyInclusion(leaves[m], uint64(m), uint64(n), root, append(p[:len(p):len(p)], root)),
+				"longer":      pki.VerifyInclusion(leaves[m], uint64(m), uint64(n), root, append(slices.Clip(p), root)),
 				"other index": pki.VerifyInclusion(leaves[m], uint64(m+1), uint64(n), root, p),
 				"outside":     pki.VerifyInclusion(leaves[m], uint64(n), uint64(n), root, p),
 			} {
@@ -101,7 +102,7 @@ func TestMerkle_againstTheDefinition(t *testing.T) {
 			other := pki.LeafHash([]byte("x"))
 			if m > 0 && pki.VerifyConsistency(uint64(m), uint64(n), other, root, p) == nil ||
 				pki.VerifyConsistency(uint64(m), uint64(n), old, other, p) == nil && m > 0 ||
-				pki.VerifyConsistency(uint64(m), uint64(n), old, root, append(p[:len(p):len(p)], other)) == nil ||
+				pki.VerifyConsistency(uint64(m), uint64(n), old, root, append(slices.Clip(p), other)) == nil ||
 				len(p) > 0 && pki.VerifyConsistency(uint64(m), uint64(n), old, root, p[:len(p)-1]) == nil ||
 				m < n && pki.VerifyConsistency(uint64(n), uint64(m), root, old, p) == nil {
 				t.Errorf("%d to %d: a spoilt proof passes", m, n)

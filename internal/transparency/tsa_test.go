@@ -187,7 +187,7 @@ func TestTSAHandler_refuses(t *testing.T) {
 		}
 	}
 	keyless := httptest.NewRecorder()
-	r := httptest.NewRequest("POST", "/", bytes.NewReader(good))
+	r := httptest.NewRequest(http.MethodPost, "/", bytes.NewReader(good))
 	r.Header.Set("Content-Type", "application/timestamp-query")
 	transparency.TSAHandler(&pki.TSA{Cert: w.TSA.Cert, Now: w.TSA.Now}).ServeHTTP(keyless, r)
 	if keyless.Code != http.StatusInternalServerError || strings.Contains(keyless.Body.String(), "key") {

@@ -72,7 +72,7 @@ func (r *Reader) bundle(ctx context.Context, index, n uint64) ([][]byte, error) 
 }
 
 // partial is how a path writes n of a tile's hashes: 0 for all.
-func partial(n uint64) uint8 { return uint8(n % tileWidth) } //nolint:gosec // below 256
+func partial(n uint64) uint8 { return uint8(n % tileWidth) } // below 256
 
 // tileCheck compares tiles with what they must be, as leaves come in.
 type tileCheck struct {

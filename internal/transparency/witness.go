@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -123,7 +124,7 @@ func Cosign(note, private []byte, key *WitnessKey, at time.Time) ([]byte, error)
 	h := key.hash()
 	raw := binary.BigEndian.AppendUint64(h[:], seconds)
 	raw = append(raw, ed25519.Sign(k, cosigned(seconds, text))...)
-	return append(note[:len(note):len(note)], "\u2014 "+key.Name+" "+base64.StdEncoding.EncodeToString(raw)+"\n"...), nil
+	return append(slices.Clip(note), "\u2014 "+key.Name+" "+base64.StdEncoding.EncodeToString(raw)+"\n"...), nil
 }
 
 // VerifyCosignature returns when the witness cosigned a checkpoint. That the
@@ -150,5 +151,5 @@ func VerifyCosignature(note []byte, key *WitnessKey) (time.Time, error) {
 	if found == 0 {
 		return time.Time{}, fmt.Errorf("not cosigned by %s: %w", key.Name, errs.Untrusted)
 	}
-	return time.Unix(int64(at), 0).UTC(), nil //nolint:gosec // bounded above
+	return time.Unix(int64(at), 0).UTC(), nil
 }
