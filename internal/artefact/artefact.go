@@ -108,6 +108,9 @@ func open(path string, o Options) (*Artefact, error) {
 	if o.Depth == 0 {
 		o.Depth = DefaultDepth
 	}
+	if o.Context == nil {
+		o.Context = context.Background()
+	}
 	a := &Artefact{path: path, Name: nameOf(path), options: o, told: time.Now()}
 	st, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {

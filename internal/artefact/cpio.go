@@ -32,7 +32,6 @@ type cpioReader struct {
 	links map[cpioInode]*cpioGroup
 	order []*cpioGroup // those without content so far, as they came
 	caps  map[string]bool
-	total int64
 }
 
 type cpioInode struct{ ino, major, minor uint32 }

@@ -208,12 +208,8 @@ func (e *erofsReader) extract() error {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	ctx := e.ctx
-	if ctx == nil {
-		ctx = context.Background()
-	}
 	to := filepath.Join(e.work, "tree")
-	said, err := exec.CommandContext(ctx, tool, "--extract="+to, "--no-preserve", image).CombinedOutput()
+	said, err := exec.CommandContext(e.ctx, tool, "--extract="+to, "--no-preserve", image).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("fsck.erofs: %w: %.300s: %w", err, said, errs.Invalid)
 	}

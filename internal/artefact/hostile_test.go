@@ -58,8 +58,7 @@ func rpmOf(change func(tags map[int]any), payload ...cpioEntry) []byte {
 	if payload == nil {
 		payload = []cpioEntry{{name: "./usr/bin/edged", body: sh}}
 	}
-	b := make([]byte, 96)
-	copy(b, "\xed\xab\xee\xdb\x03\x00")
+	b := append([]byte("\xed\xab\xee\xdb\x03\x00"), bytes.Repeat([]byte{0}, 90)...)
 	b = append(b, rpmHeader(map[int]any{})...)
 	for len(b)%8 != 0 {
 		b = append(b, 0)
@@ -107,8 +106,7 @@ func uki(sections map[string]string) []byte {
 	}
 	slices.Sort(names)
 	le := binary.LittleEndian
-	b := make([]byte, 1024)
-	copy(b, "MZ")
+	b := append([]byte("MZ"), bytes.Repeat([]byte{0}, 1022)...)
 	le.PutUint32(b[60:], 64)
 	copy(b[64:], "PE\x00\x00")
 	le.PutUint16(b[70:], uint16(len(names)))

@@ -1,7 +1,6 @@
 package artefact
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -37,17 +36,13 @@ func parseReference(path string) (name.Reference, bool) {
 // layout in a directory of its own, which done removes. Credentials are those
 // of `docker login`.
 func pull(o Options, ref name.Reference) (dir string, done func(), err error) {
-	ctx := o.Context
-	if ctx == nil {
-		ctx = context.Background()
-	}
 	dir, err = os.MkdirTemp("", "ringwall-image-")
 	if err != nil {
 		return "", nil, err
 	}
 	p := &puller{
 		repository: ref.Context(), dir: dir, platform: o.Platform, seen: make(map[string]bool),
-		options: []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithUserAgent("ringwall")},
+		options: []remote.Option{remote.WithContext(o.Context), remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithUserAgent("ringwall")},
 	}
 	if err := p.all(ref); err != nil {
 		return "", nil, errors.Join(fmt.Errorf("pull %s: %w", ref, err), os.RemoveAll(dir))

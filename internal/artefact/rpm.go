@@ -3,6 +3,7 @@ package artefact
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"path"
@@ -114,7 +115,7 @@ func nothingLeft(r io.Reader) error {
 		if len(bytes.Trim(b[:n], "\x00")) > 0 {
 			return fmt.Errorf("data after the end of the archive: %w", errs.Invalid)
 		}
-		if err == io.EOF { //nolint:errorlint // readers return it as it is
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
@@ -263,7 +264,7 @@ func (h *rpmHeader) capabilities() (map[string]bool, error) {
 		if c == "" {
 			continue
 		}
-		d := h.number(rpmDirIndexes, uint32(i)) //nolint:gosec // bounded by the header's size
+		d := h.number(rpmDirIndexes, uint32(i))
 		if int64(d) >= int64(len(dirs)) {
 			return nil, fmt.Errorf("file %q lies in no directory: %w", base[i], errs.Invalid)
 		}

@@ -129,7 +129,7 @@ func isTarHeader(head []byte) bool {
 			c = ' '
 		}
 		sum += int(c)
-		signed += int(int8(c)) //nolint:gosec // how old archives sum
+		signed += int(int8(c)) // how old archives sum
 	}
 	return want == sum || want == signed
 }

@@ -201,7 +201,7 @@ func (c *squashCursor) skip(n int) {
 
 // inode reads the inode of a reference.
 func (s *squashfs) inode(ref uint64) (*squashInode, error) {
-	c := s.cursor(s.inodes+int64(ref>>16), int(ref&0xffff)) //nolint:gosec // cursor checks both
+	c := s.cursor(s.inodes+int64(ref>>16), int(ref&0xffff)) // cursor checks both
 	kind, perm := c.u16(), c.u16()
 	c.skip(12)
 	i := &squashInode{mode: unixMode(uint32(perm)).Perm() | unixMode(uint32(perm))&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky), fragment: squashNone, xattr: squashNone}
@@ -396,7 +396,7 @@ func (s *squashfs) hasCaps(id uint32) (bool, error) {
 	if t.err != nil || n > maxXattrs {
 		return false, fmt.Errorf("%d attributes (%w): %w", n, t.err, errs.Invalid)
 	}
-	c := s.cursor(start+int64(ref>>16), int(ref&0xffff)) //nolint:gosec // cursor checks it
+	c := s.cursor(start+int64(ref>>16), int(ref&0xffff)) // cursor checks both
 	for range n {
 		kind, size := c.u16(), c.u16()
 		name := make([]byte, size)

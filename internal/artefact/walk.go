@@ -276,8 +276,8 @@ func (t *topReader) Read(p []byte) (int, error) {
 
 // tick counts bytes, tells how far it is, and ends with the context.
 func (a *Artefact) tick(n int) error {
-	if c := a.options.Context; c != nil && c.Err() != nil {
-		return c.Err()
+	if err := a.options.Context.Err(); err != nil {
+		return err
 	}
 	a.read.Bytes += int64(n)
 	if a.options.Progress != nil {

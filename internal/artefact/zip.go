@@ -85,7 +85,7 @@ func zipMember(src *zipInput, f *zip.File) (m codesign.Member, dir bool, err err
 	case p == "." || f.UncompressedSize64 > maxTotal:
 		return m, false, fmt.Errorf("unusable name or size: %w", errs.Invalid)
 	}
-	m = codesign.Member{Path: p, Mode: mode, Size: int64(f.UncompressedSize64), Alone: true} //nolint:gosec // bounded above
+	m = codesign.Member{Path: p, Mode: mode, Size: int64(f.UncompressedSize64), Alone: true}
 	if !mode.IsRegular() {
 		m.Size = 0
 	}
