@@ -123,14 +123,7 @@ func (in *inspector) image(blob []byte) ([]string, error) {
 			out[i] = plainErr(err)
 			continue
 		}
-		if len(t.sbat) == 0 {
-			continue
-		}
-		entries, err := m.SBAT()
-		if err == nil {
-			err = kernelsig.CheckSBAT(entries, t.sbat)
-		}
-		if err != nil {
+		if err := m.CheckSBAT(t.sbat); err != nil {
 			out[i] = plainErr(err)
 		}
 	}

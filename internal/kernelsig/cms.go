@@ -126,7 +126,12 @@ func signDigest(key crypto.Signer, cert *x509.Certificate, digest []byte) ([]byt
 	if err := CheckSigner(cert); err != nil {
 		return nil, err
 	}
-	return key.Sign(rand.Reader, digest, crypto.SHA256)
+	sig, err := key.Sign(rand.Reader, digest, crypto.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	// a signature that does not verify, from a token with a fault, must not leave
+	return sig, verifyDigest(cert, crypto.SHA256, keyAlgorithm(cert), digest, sig)
 }
 
 // minRSA is the shortest RSA key that is believed, in bits.

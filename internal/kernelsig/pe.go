@@ -213,6 +213,14 @@ func (m *Image) Section(name string) ([]byte, bool) {
 	return nil, false
 }
 
+// Linux says whether the image is a Linux kernel: an x86 or arm64 one, or one
+// that decompresses itself (EFI zboot). A unified kernel image is none, it holds
+// one.
+func (m *Image) Linux() bool {
+	d := m.data
+	return len(d) > 0x206 && (string(d[0x202:0x206]) == "HdrS" || string(d[56:60]) == "ARM\x64" || string(d[4:8]) == "zimg")
+}
+
 // UKI says whether the image is a unified kernel image: one with a kernel in
 // the section .linux (the UAPI group's specification).
 func (m *Image) UKI() bool {

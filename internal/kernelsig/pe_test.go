@@ -229,16 +229,27 @@ func TestVerifyImage_debian(t *testing.T) {
 			t.Fatalf("SBAT of grub: %v %v", sbat, err)
 		}
 		level := func(s string) []kernelsig.SBATEntry { return must(kernelsig.ParseSBAT([]byte(s))) }
-		if err := kernelsig.CheckSBAT(sbat, level("sbat,1,2021030218\ngrub,1\n")); err != nil {
+		if err := e.CheckSBAT(level("sbat,1,2021030218\ngrub,1\n")); err != nil {
 			t.Error(err)
 		}
-		if err := kernelsig.CheckSBAT(sbat, level("sbat,1,2021030218\ngrub,4294967295\n")); !errors.Is(err, errs.Untrusted) {
+		if err := e.CheckSBAT(level("sbat,1,2021030218\ngrub,4294967295\n")); !errors.Is(err, errs.Untrusted) {
 			t.Errorf("revoked generation: %v", err)
 		}
-		if err := kernelsig.CheckSBAT(nil, level("sbat,1\n")); !errors.Is(err, errs.Untrusted) {
+		if err := must(kernelsig.ParseImage(images["vmlinuz-6.12"])).CheckSBAT(level("sbat,1\n")); err != nil {
+			t.Errorf("a kernel without SBAT: %v", err)
+		}
+		if err := tiny(t, "x").CheckSBAT(level("sbat,1\n")); !errors.Is(err, errs.Untrusted) {
 			t.Errorf("no SBAT: %v", err)
 		}
 	}
+}
+
+// tiny is an image whose only section has that name.
+func tiny(t testing.TB, section string) *kernelsig.Image {
+	t.Helper()
+	b := tinyPE()
+	copy(b[0x58+240:], section+"\x00\x00\x00\x00\x00\x00\x00\x00"[:8-len(section)])
+	return must(kernelsig.ParseImage(b))
 }
 
 func must[T any](v T, err error) T {

@@ -57,16 +57,20 @@ func (m *Image) SBAT() ([]SBATEntry, error) {
 	return ParseSBAT(text)
 }
 
-// CheckSBAT holds an image's entries against a revocation level: a component
-// of the image whose generation is below that of the level is errs.Untrusted,
-// and so is an image without any entries, as for shim, unless the level is
-// empty.
-func CheckSBAT(image, level []SBATEntry) error {
-	if len(level) > 0 && len(image) == 0 {
+// CheckSBAT holds the image's entries against a revocation level: a component
+// whose generation is below that of the level is errs.Untrusted. So is, unless
+// the level is empty, an image without any entries, except a Linux kernel: shim
+// does not ask for them where a boot loader starts it, and Debian's have none.
+func (m *Image) CheckSBAT(level []SBATEntry) error {
+	entries, err := m.SBAT()
+	if err != nil {
+		return err
+	}
+	if len(level) > 0 && len(entries) == 0 && !m.Linux() {
 		return fmt.Errorf("SBAT: the image has no entries: %w", errs.Untrusted)
 	}
 	for _, l := range level {
-		for _, e := range image {
+		for _, e := range entries {
 			if e.Component == l.Component && e.Generation < l.Generation {
 				return fmt.Errorf("SBAT: %s is of generation %d, revoked below %d: %w", e.Component, e.Generation, l.Generation, errs.Untrusted)
 			}
