@@ -6,13 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	builds "ringwall/internal/artefact"
 	"ringwall/internal/codesign"
 	"ringwall/internal/csv"
 	"ringwall/internal/host"
@@ -175,7 +178,7 @@ func (o *csvOptions) run(ctx context.Context, e *env, path string) error {
 		return fmt.Errorf("artefact: %w", err)
 	}
 	defer a.Close()
-	m := newMeter(e, a)
+	m := newMeter(e, a, path)
 	r, err := csv.Verify(ctx, csv.Candidate{
 		Source: m, Subject: func() csv.Subject { return subjectOf(a) }, Release: release, Archive: o.archive,
 	}, v, csv.Options{Now: now, MaxAge: o.maxAge, Baseline: baseline, Gates: gates, Progress: m.say})
@@ -276,7 +279,7 @@ func (o *csvOptions) write(e *env, r *csv.Report, out output, sign *pki.Signer) 
 type meter struct {
 	*artefact
 	e     *env
-	total int64 // bytes of the file; 0: not known
+	total int64 // bytes in it; 0: not known
 	tty   bool
 	drawn time.Time
 	wrote bool
@@ -284,11 +287,21 @@ type meter struct {
 
 const barWidth = 24
 
-func newMeter(e *env, a *artefact) *meter {
-	m := &meter{artefact: a, e: e, total: a.Size()}
+func newMeter(e *env, a *artefact, path string) *meter {
+	m := &meter{artefact: a, e: e}
 	if f, ok := e.stderr.(*os.File); ok && !e.quiet {
 		st, err := f.Stat()
 		m.tty = err == nil && st.Mode()&os.ModeCharDevice != 0
+	}
+	if m.tty && a.Format == builds.FormatDir { // of an archive nobody knows what is in it
+		_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() {
+				if info, err := d.Info(); err == nil {
+					m.total += info.Size()
+				}
+			}
+			return nil
+		})
 	}
 	return m
 }

@@ -277,10 +277,15 @@ type content struct {
 	inner  bool // what the kernel sees in a compressed module or firmware file
 	nested bool // in an archive that is itself a member
 	paths  []string
+	places []string // of what is nested: the archive's path and its own
 	origin string
 	facts  *facts // nil: nothing to say
 }
 
 func (c *content) ref() MemberRef {
-	return MemberRef{Paths: c.paths, SHA256: c.digest.String(), Origin: c.origin}
+	paths := c.paths
+	if c.places != nil {
+		paths = c.places
+	}
+	return MemberRef{Paths: paths, SHA256: c.digest.String(), Origin: c.origin}
 }

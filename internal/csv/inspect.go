@@ -277,6 +277,9 @@ func (b *build) table(found map[place]*facts) {
 		n := int32(len(b.contents)) //nolint:gosec // at most codesign.MaxRecords
 		for j, name := range names {
 			c.paths[j], c.origin = name.Path, name.Origin
+			if c.nested {
+				c.places = append(c.places, shownPath(name))
+			}
 			if c.inner {
 				continue
 			}
@@ -348,4 +351,13 @@ func (b *build) count() map[string]int {
 		}
 	}
 	return out
+}
+
+// shownPath is where people find a member: one in an archive by the archive's
+// path and its own.
+func shownPath(n codesign.Name) string {
+	if strings.HasSuffix(n.Origin, "!") {
+		return n.Origin + "/" + n.Path
+	}
+	return n.Path
 }
