@@ -31,13 +31,14 @@ shown by evidence: a small signed file about this very artefact, made by the
 machine that ran the check.
 
   gate policy init   begin a release policy
+  gate attester      certify a machine that checks
   gate attest        on the machine that checks: make evidence of a tool's report
   gate check         would the signer sign it? what is missing?
   sign, signer       sign it, if all gates are passed
 
 No evidence means hold, never pass; evidence that a check failed beats any that
 it passed.`,
-		newGatePolicyCommand(e), newGateAttestCommand(e), newGateCheckCommand(e))
+		newGatePolicyCommand(e), newGateAttesterCommand(e), newGateAttestCommand(e), newGateCheckCommand(e))
 }
 
 type gateCheckOptions struct {

@@ -24,6 +24,7 @@ import (
 
 type gateAttestOptions struct {
 	keys, passphraseFile, identity, tsa   string
+	certificate, key                      string
 	from, format, gate, product, revision string
 	out, database, predicate, repo, link  string
 	authors, reviewers                    []string
@@ -63,6 +64,11 @@ statement in a Sigstore bundle. The kinds, and what they are made from:
   approval  one approver's word for a break-glass release (--ring, --reason, --until)
   custom    any predicate as JSON, of type --type: SLSA provenance, svr, your own
 
+With --keys alone the attester is certified on the spot, by the key attest-ca. A
+machine that checks should not have that key, which could speak for any attester:
+give it a certificate for its own identity (ringwall gate attester), and then
+--certificate, --key and --tsa; --keys needs no keys in it then.
+
 What is attested is about the artefact, made from --revision; with --source about
 the source revision alone, for what is known before anything is built. The report
 is not judged here: that tests failed is evidence, too.
@@ -88,6 +94,8 @@ JSON: {"file", "kind", "type", "gate", "artefact", "revision", "identity",
 	f := c.Flags()
 	f.StringVar(&o.keys, "keys", "", "the authority's `DIR`, with the keys attest-ca and tsa")
 	passphraseFlag(c, &o.passphraseFile)
+	f.StringVar(&o.certificate, "certificate", "", "the attester's certificate `FILE`, PEM")
+	f.StringVar(&o.key, "key", "", "its key's `FILE`, PEM")
 	f.StringVar(&o.identity, "identity", "", "who attests, as a `URI` (default: spiffe://FLEET.internal/attest/main)")
 	f.StringVar(&o.tsa, "tsa", "", "timestamp authority's `URL` (default: the authority's own)")
 	f.StringVar(&o.from, "from", "", "the report's `FILE` (- for standard input)")
@@ -135,10 +143,7 @@ func (o *gateAttestOptions) run(ctx context.Context, e *env, args []string) erro
 	if err != nil {
 		return err
 	}
-	if o.identity == "" {
-		o.identity = defaultIdentity(a, pki.PurposeAttest)
-	}
-	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAttest, Identity: o.identity, Now: e.now()})
+	s, err := o.signer(e, a)
 	if err != nil {
 		return err
 	}
@@ -162,6 +167,31 @@ func (o *gateAttestOptions) run(ctx context.Context, e *env, args []string) erro
 	return o.save(e, v, report, bundle)
 }
 
+// signer certifies an attester, or takes the one that was certified before.
+func (o *gateAttestOptions) signer(e *env, a *pki.Authority) (*pki.Signer, error) {
+	if o.certificate == "" && o.key == "" {
+		if o.identity == "" {
+			o.identity = defaultIdentity(a, pki.PurposeAttest)
+		}
+		return a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAttest, Identity: o.identity, Now: e.now()})
+	}
+	if o.certificate == "" || o.key == "" || o.identity != "" {
+		return nil, usage(errors.New("--certificate and --key go together, and say the identity"))
+	}
+	pems, err := readAll(o.certificate, o.key)
+	if err != nil {
+		return nil, err
+	}
+	s := &pki.Signer{Purpose: pki.PurposeAttest, Stamper: a.TSA}
+	if s.Leaf, err = pki.DecodeCertificate(pems[0]); err != nil {
+		return nil, fmt.Errorf("%s: %w", o.certificate, err)
+	}
+	if s.Key, err = pki.DecodeKey(pems[1], nil); err != nil {
+		return nil, fmt.Errorf("%s: %w", o.key, err)
+	}
+	return s, nil
+}
+
 func (o *gateAttestOptions) save(e *env, v *gate.Evidence, report *gate.Report, bundle []byte) error {
 	out := attested{
 		File: o.out, Kind: v.Kind, Type: v.Type, Gate: v.Gate, Revision: v.Revision, Identity: v.Identity, Summary: report.Summary, Notes: append([]string{}, report.Notes...),
@@ -170,15 +200,15 @@ func (o *gateAttestOptions) save(e *env, v *gate.Evidence, report *gate.Report, 
 		out.Artefact = v.SHA256.String()
 	}
 	if out.File == "" {
-		if err := os.MkdirAll("evidence", 0o755); err != nil { //nolint:gosec // what is published
-			return err
-		}
 		// the name differs for all that differs, so that runs do not overwrite each other
 		name := strings.Trim(string(v.Kind)+"-"+v.Gate, "-") + "-" + v.Digest.String()[:12]
 		out.File = filepath.Join("evidence", name+signer.EvidenceSuffix)
 	}
 	if !o.force && exists(out.File) {
 		return hint(fmt.Errorf("%s is there already: %w", out.File, errs.Conflict), "--force overwrites it")
+	}
+	if err := os.MkdirAll(filepath.Dir(out.File), 0o755); err != nil { //nolint:gosec // what is published
+		return err
 	}
 	if err := host.WriteFile(out.File, bundle, 0o644); err != nil {
 		return err

@@ -30,7 +30,7 @@ catalogue, asks the product's release policy, and only then touches the key.
 
 Who may ask for which product is decided by client certificates (mTLS). Every
 request leaves lines in an audit file; one that cannot be audited is not served.`,
-		newSignerInitCommand(e), newSignerServeCommand(e), newSignerSubmitCommand(e))
+		newSignerInitCommand(e), newSignerServeCommand(e), newSignerSubmitCommand(e), newSignerTSACommand(e))
 }
 
 func newSignerInitCommand(e *env) *cobra.Command {

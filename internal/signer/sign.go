@@ -165,7 +165,7 @@ type Entry struct {
 	State      gate.State `json:"state,omitempty"`
 	Codes      []string   `json:"codes,omitempty"` // gate=code of what is not passed
 	Release    string     `json:"release,omitempty"`
-	LogEntry   string     `json:"log_entry,omitempty"` // what stands in a transparency log, for its monitor
+	LogEntry   string     `json:"log_entry,omitempty"`  // what stands in a transparency log, for its monitor
 	Breakglass string     `json:"breakglass,omitempty"` // the reason
 	Approvers  []string   `json:"approvers,omitempty"`
 	NotAfter   time.Time  `json:"not_after,omitzero"`
