@@ -1,7 +1,6 @@
 package transparency_test
 
 import (
-	"crypto"
 	"encoding/base64"
 	"path/filepath"
 	"testing"
@@ -20,14 +19,13 @@ const (
 // world is an authority with a log.
 type world struct {
 	*pki.Authority
-	dir    string // of the log
-	signer crypto.Signer
+	keys string // the authority's directory
+	dir  string // of the log
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	keys := t.TempDir()
-	now := func() time.Time { return time.Date(2031, 5, 1, 12, 0, 0, 0, time.UTC) }
 	o := pki.AuthorityOptions{Name: "Example Fleet", Now: now}
 	if _, err := pki.CreateAuthority(keys, o); err != nil {
 		t.Fatal(err)
@@ -39,12 +37,14 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{Authority: a, dir: filepath.Join(t.TempDir(), "log"), signer: a.LogKey}
+	w := &world{Authority: a, keys: keys, dir: filepath.Join(t.TempDir(), "log")}
 	if err := transparency.Create(w.dir, a.Log.LogKey, a.LogKey); err != nil {
 		t.Fatal(err)
 	}
 	return w
 }
+
+func now() time.Time { return time.Date(2031, 5, 1, 12, 0, 0, 0, time.UTC) }
 
 func (w *world) open(t *testing.T) *transparency.Log {
 	t.Helper()
