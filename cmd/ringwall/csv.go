@@ -48,6 +48,7 @@ A pipeline stops on anything but 0.`,
 		newCSVVerifyCommand(e),
 		newCSVExplainCommand(e),
 		newCSVDiffCommand(e),
+		newCSVConfirmCommand(e),
 	)
 	for _, sub := range append(c.Commands(), c) {
 		sub.SetFlagErrorFunc(func(c *cobra.Command, err error) error {

@@ -18,6 +18,7 @@ import (
 	"ringwall/internal/codesign"
 	"ringwall/internal/csv"
 	"ringwall/internal/errs"
+	"ringwall/internal/gate"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
 )
@@ -271,6 +272,10 @@ func TestVerdict(t *testing.T) {
 	v, err := csv.VerifyVerdict(b, roots)
 	if err != nil {
 		t.Fatal(err)
+	}
+	// A release policy's gate reads it, too.
+	if g, err := gate.Open(b, roots); err != nil || g.Kind != gate.KindVerification {
+		t.Errorf("as evidence: %+v, %v", g, err)
 	}
 	if v.Verifier != who || v.Outcome != csv.Block || strings.Join(v.Properties, " ") != csv.PropertyRing+"canary "+csv.PropertyRing+"edge" || len(v.Policies) != 5 {
 		t.Errorf("%+v", v)
