@@ -210,9 +210,29 @@ func TestEKCertificate_swtpm(t *testing.T) {
 	}
 	out, err := exec.Command("swtpm_setup", "--tpm2", "--tpmstate", c.dir, "--create-ek-cert", "--lock-nvram", "--config", setup, "--pcr-banks", "sha256").CombinedOutput()
 	if err != nil {
-		t.Skipf("SKIP: swtpm_setup: %v: %s", err, out)
+		t.Fatalf("swtpm_setup: %v: %s", err, out)
 	}
 	c.powerOn()
+	// This TPM has a SHA-256 bank only. It quotes any other as an empty
+	// selection, and whoever compares no values finds them all equal.
+	akKey := c.ak()
+	ak, err := ParseAK(akKey.public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nonce := bytes.Repeat([]byte{5}, 32)
+	q := c.quoteSelection(akKey, nonce, everyPCR(SHA384))
+	if !bytes.Contains(q.Attest, []byte{0, 0, 0, 1, 0, 0x0c, 3, 0, 0, 0}) {
+		t.Errorf("a bank that is not there is quoted as %x", q.Attest)
+	}
+	_, err = VerifyQuote(ak, q, nonce, PowerOn(SHA384, 0))
+	wantReason(t, "bank that is not there", err, ReasonPCRSelection)
+	q, bank := c.quote(akKey, nonce, SHA256)
+	if _, err := VerifyQuote(ak, q, nonce, bank); err != nil {
+		t.Error(err)
+	}
+	c.flush(akKey)
+
 	var roots, intermediates []*x509.Certificate
 	for _, name := range []string{"swtpm-localca-rootca-cert.pem", "cert.pem"} {
 		text, err := os.ReadFile(filepath.Join(ca, name))

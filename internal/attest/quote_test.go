@@ -75,8 +75,7 @@ func TestQuote(t *testing.T) {
 		"two banks": {PCRSelections: []tpm2.TPMSPCRSelection{
 			{Hash: tpm2.TPMAlgSHA256, PCRSelect: []byte{0xff, 0xff, 0xff}}, {Hash: tpm2.TPMAlgSHA384, PCRSelect: []byte{1, 0, 0}},
 		}},
-		// a bank that is not there: the TPM signs an empty selection
-		"unallocated bank": {PCRSelections: []tpm2.TPMSPCRSelection{{Hash: tpm2.TPMAlgSHA512, PCRSelect: []byte{0xff, 0xff, 0xff}}}},
+		"yet another bank": {PCRSelections: []tpm2.TPMSPCRSelection{{Hash: tpm2.TPMAlgSHA512, PCRSelect: []byte{0xff, 0xff, 0xff}}}},
 	} {
 		_, err = VerifyQuote(ak, c.quoteSelection(k, nonce, selection), nonce, bank)
 		wantReason(t, what, err, ReasonPCRSelection)
