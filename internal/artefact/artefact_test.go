@@ -3,6 +3,7 @@ package artefact_test
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"io"
@@ -73,6 +74,24 @@ func TestOpen_walksAgain(t *testing.T) {
 			t.Error("the second walk gives another catalogue")
 		}
 		first = built.Catalogue
+	}
+}
+
+func TestWalk_ends(t *testing.T) {
+	b := tarOf(t, file{"a", "x", 0o644}, file{"b", "x", 0o644})
+	ctx, cancel := context.WithCancel(t.Context())
+	a := open(t, save(t, "x.tar", b), artefact.Options{Context: ctx})
+	n := 0
+	err := a.Walk(func(codesign.Member, io.Reader) error {
+		n++
+		cancel()
+		return nil
+	})
+	if !errors.Is(err, context.Canceled) || n != 1 {
+		t.Errorf("%v after %d members", err, n)
+	}
+	if p := a.Progress(); p.Members != 2 || a.Size() != int64(len(b)) {
+		t.Errorf("%+v", p)
 	}
 }
 

@@ -98,10 +98,16 @@ func TestDeb_dpkg(t *testing.T) {
 	var files, nested int
 	for _, p := range debianPackages(t) {
 		t.Run(filepath.Base(p), func(t *testing.T) {
-			a := open(t, p, artefact.Options{Depth: -1})
-			got := members(t, a)
+			a := open(t, p, artefact.Options{})
+			got := members(t, a) // with what is in archives within: that can be read too
 			if _, ok := a.Package(); !ok || a.Format != artefact.FormatDeb {
 				t.Errorf("%s without a name", a.Format)
+			}
+			for n, w := range got {
+				if strings.HasSuffix(w, " nested") {
+					delete(got, n)
+					nested++
+				}
 			}
 			dir := t.TempDir()
 			run(t, dir, "dpkg-deb", "-x", p, dir)
@@ -114,9 +120,6 @@ func TestDeb_dpkg(t *testing.T) {
 				t.Errorf("dpkg-deb unpacks something else: %s", d)
 			}
 			files += len(got)
-			// What is in archives within it can be read too.
-			deep := members(t, open(t, p, artefact.Options{}))
-			nested += len(deep) - len(got)
 		})
 	}
 	t.Logf("%d members agree, %d more lie in archives within", files, nested)

@@ -109,6 +109,15 @@ func TestWalk_nested(t *testing.T) {
 	}
 }
 
+// A name for the kernel's eyes hides nothing.
+func TestWalk_nestedKernelNames(t *testing.T) {
+	inner := string(gz(t, tarOf(t, file{"run.sh", sh, 0o755})))
+	got := members(t, open(t, save(t, "x.tar", tarOf(t, file{"lib/modules/6.1/a.ko.gz", inner, 0o644}, file{"lib/firmware/b.gz", inner, 0o644})), artefact.Options{}))
+	if len(got) != 4 || got["lib/modules/6.1/a.ko.gz!/run.sh"] == "" || got["lib/firmware/b.gz!/run.sh"] == "" {
+		t.Errorf("%v", got)
+	}
+}
+
 func TestWalk_nestedDepth(t *testing.T) {
 	b := []byte(sh)
 	name := "run.sh"

@@ -110,9 +110,6 @@ func (w *walk) member(m codesign.Member, r io.Reader) error {
 	}
 	head := w.head[:n]
 	f, unsupported := sniff(head)
-	if f == formatCompressed && codesign.Classify(m.Path, m.Mode, nil).Compressed != "" {
-		f = formatNone // the kernel's own: codesign.Build looks inside
-	}
 	if f == formatNone {
 		w.in = memberReader{a: w.a, head: head, r: r}
 		if err := w.give(m, &w.in); err != nil || unsupported == nil {
@@ -125,7 +122,7 @@ func (w *walk) member(m codesign.Member, r io.Reader) error {
 		return err
 	}
 	defer done()
-	if err := w.give(m, io.NewSectionReader(src, 0, src.Size())); err != nil {
+	if err := w.give(m, &memberReader{a: w.a, r: io.NewSectionReader(src, 0, src.Size())}); err != nil {
 		return err
 	}
 	return w.nested(f, location(&m), src)

@@ -35,7 +35,7 @@ type Built struct {
 func Build(s Source, o Options) (*Built, error) {
 	b := &builder{
 		options: o, hasher: NewHasher(), buf: make([]byte, 256<<10),
-		files: make(map[place]content), names: make(map[integrity.Digest][]Name),
+		files: make(map[place]*content), names: make(map[integrity.Digest][]Name),
 		out: &Built{Kinds: make(map[integrity.Kind]int)},
 	}
 	if err := s.Walk(b.visit); err != nil {
@@ -51,7 +51,7 @@ type builder struct {
 	options Options
 	hasher  *Hasher
 	buf     []byte
-	files   map[place]content // for hard links
+	files   map[place]*content // for hard links; nil: none can come
 	records []Record
 	names   map[integrity.Digest][]Name
 	others  []Name
@@ -77,14 +77,14 @@ func (b *builder) visit(m Member, r io.Reader) error {
 	switch {
 	case m.Hard:
 		c, ok := b.files[place{m.Origin, m.Link}]
-		if !ok {
+		if !ok || c == nil {
 			return fmt.Errorf("%q is a hard link to %q, which does not come before it: %w", m.Path, m.Link, errs.Invalid)
 		}
 		if c.inner.IsZero() && Classify(m.Path, c.mode, nil).Compressed != "" {
 			return fmt.Errorf("%q names compressed kernel code that %q does not: %w", m.Path, m.Link, errs.Unsupported)
 		}
 		b.files[at] = c
-		b.add(m, c)
+		b.add(m, *c)
 		return nil
 	case !m.Mode.IsRegular():
 		b.others = append(b.others, Name{Path: m.Path, Mode: m.Mode, Origin: m.Origin, Target: m.Link})
@@ -96,7 +96,10 @@ func (b *builder) visit(m Member, r io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("%q: %w", m.Path, err)
 	}
-	b.files[at] = c
+	b.files[at] = nil
+	if !m.Alone {
+		b.files[at] = &c
+	}
 	b.out.Files++
 	b.out.Bytes += m.Size
 	b.add(m, c)

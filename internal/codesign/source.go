@@ -181,7 +181,10 @@ func (s *tarSource) member(h *tar.Header) (m Member, skip bool, err error) {
 		return m, false, err
 	}
 	m = Member{Path: s.prefix + p, Mode: h.FileInfo().Mode(), Size: h.Size, Origin: s.origin}
-	_, m.Caps = h.PAXRecords["SCHILY.xattr.security.capability"]
+	for _, k := range []string{"SCHILY.xattr.security.capability", "LIBARCHIVE.xattr.security.capability"} { // GNU tar's and bsdtar's
+		_, has := h.PAXRecords[k]
+		m.Caps = m.Caps || has
+	}
 	switch h.Typeflag {
 	case tar.TypeDir:
 		return m, true, nil
