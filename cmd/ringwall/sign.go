@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -187,10 +189,22 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) (err erro
 
 // signer puts the local signer together; closeAll releases what it holds.
 func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, err error) {
-	nothing := func() error { return nil }
+	var closers []func() error
+	closeAll = func() error {
+		var all error
+		for _, c := range slices.Backward(closers) {
+			all = errors.Join(all, c())
+		}
+		return all
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeAll())
+		}
+	}()
 	a, err := loadAuthority(e, o.keys, o.passphraseFile)
 	if err != nil {
-		return nil, nothing, err
+		return nil, nil, err
 	}
 	s = &signer.Signer{Issuer: a, Identity: o.identity, Now: e.now, Open: openInput(e)}
 	if s.Identity == "" {
@@ -198,41 +212,51 @@ func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, e
 	}
 	if o.policy != "" {
 		if s.Policies, err = openPolicies(o.policy); err != nil {
-			return nil, nothing, err
+			return nil, nil, err
 		}
 	}
 	if o.state != "" {
 		if err := os.MkdirAll(o.state, 0o700); err != nil {
-			return nil, nothing, err
+			return nil, nil, err
 		}
+		unlock, err := lockState(o.state)
+		if err != nil {
+			return nil, nil, err
+		}
+		closers = append(closers, unlock)
 		s.Epochs = &signer.EpochFile{Path: filepath.Join(o.state, "epochs.json"), Write: host.WriteFile}
 	}
 	if s.Stamper, err = openStamper(a, o.tsa); err != nil {
-		return nil, nothing, err
-	}
-	closers := []func() error{}
-	closeAll = func() error {
-		var all error
-		for _, c := range closers {
-			all = errors.Join(all, c())
-		}
-		return all
+		return nil, nil, err
 	}
 	if o.alerts != "" {
 		lines, err := signer.OpenLines(o.alerts)
 		if err != nil {
-			return nil, nothing, err
+			return nil, nil, err
 		}
 		closers = append(closers, lines.Close)
 		s.Alert = signer.Alerts(lines, o.notify, func(err error) { e.notef("warning: %v", err) })
 	}
 	log, closeLog, err := openLog(a, o.log)
 	if err != nil {
-		return nil, nothing, errors.Join(err, closeAll())
+		return nil, nil, err
 	}
 	s.Log = log
 	closers = append(closers, closeLog)
 	return s, closeAll, nil
+}
+
+// lockState makes sure that no other signer has the directory: two would each
+// keep an epoch that the other does not see.
+func lockState(dir string) (unlock func() error, err error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil { //nolint:gosec // a descriptor fits
+		return nil, errors.Join(fmt.Errorf("state %s is another signer's at the moment: %w", dir, errs.Conflict), f.Close())
+	}
+	return f.Close, nil
 }
 
 // signHint says what to do about an order that says too little.

@@ -181,8 +181,14 @@ func (e *evaluation) release(byGate map[string][]candidate) {
 	var found []string
 	for i := range p.Gates {
 		for _, v := range byGate[p.Gates[i].Name] {
-			if rev := revisionFor(&p.Gates[i], v); rev != "" && v.Commit == "" {
-				found = append(found, rev)
+			if v.Commit != "" {
+				continue
+			}
+			// with `source`, what the statement says by itself must agree, too
+			for _, rev := range []string{revisionFor(&p.Gates[i], v), v.Revision} {
+				if rev != "" {
+					found = append(found, rev)
+				}
 			}
 		}
 	}

@@ -107,6 +107,12 @@ func TestEvaluate_one(t *testing.T) {
 			replace: map[string]string{"provenance": strings.Replace(goodBuilt, commit, "00000000000000000000000000000000000000ff", 1)},
 			gate:    "revision", state: gate.Fail, code: gate.CodeRevisionConflict,
 		},
+		"provenance and its own word": {
+			add: func() *gate.Evidence {
+				return w.attest(t, p, "ci", gate.Subject{SHA256: artefact(), Revision: another}, gate.TypeProvenance, goodBuilt)
+			},
+			gate: "revision", state: gate.Fail, code: gate.CodeRevisionConflict,
+		},
 		"builder claims another": {request: func(r *gate.Request) { r.Revision = another }, gate: "revision", state: gate.Fail, code: gate.CodeRevisionConflict},
 		"csv did not pass":       {replace: map[string]string{"verification": strings.Replace(goodCSV, "CSV_PASS", "CSV_RAN", 1)}, gate: "csv", state: gate.Hold, code: gate.CodeNotVerified},
 		"csv says block":         {replace: map[string]string{"verification": strings.Replace(goodCSV, `"properties"`, `"outcome":"block","properties"`, 1)}, gate: "csv", state: gate.Fail, code: gate.CodeVerdictAgainst},

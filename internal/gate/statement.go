@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 	"unicode"
 
@@ -184,8 +185,13 @@ func ParseStatement(data []byte) (*Statement, error) {
 	if s.Predicate, err = parsePredicate(s.Kind, s.Type, predicate); err != nil {
 		return nil, fmt.Errorf("statement: %s: %w", s.Kind, err)
 	}
-	if p, ok := s.Predicate.(*Provenance); ok && s.Revision == "" {
-		s.Revision = p.revision()
+	if p, ok := s.Predicate.(*Provenance); ok {
+		switch {
+		case s.Revision == "":
+			s.Revision = p.revision()
+		case len(p.Sources) > 0 && !slices.ContainsFunc(p.Sources, func(d Source) bool { return d.Commit == s.Revision }):
+			return bad("revision %.64q is not one that it was built from", s.Revision)
+		}
 	}
 	return s, nil
 }

@@ -354,7 +354,6 @@ func (s *Signer) sign(ctx context.Context, o *Order, policy *gate.Policy, out *S
 
 // gateInfo says in the record what the decision rests on.
 func gateInfo(info *codesign.ReleaseInfo, policy *gate.Policy, d *gate.Decision) {
-	const perGate = 8 // the record bounds them; the newest count
 	info.Policy, info.Ring, info.Revision = integrity.Digest(policy.Digest), d.Ring, d.Revision
 	if d.Breakglass {
 		info.Breakglass = d.Reason
@@ -362,15 +361,17 @@ func gateInfo(info *codesign.ReleaseInfo, policy *gate.Policy, d *gate.Decision)
 			info.NotAfter = d.NotAfter
 		}
 	}
+	// The record has room for 64: of a gate with much evidence the newest is named.
+	each := max(1, maxGates/max(1, len(d.Results)))
 	for _, r := range d.Results {
-		for i, u := range r.Used {
-			if i == perGate {
-				break
-			}
+		used := slices.SortedStableFunc(slices.Values(r.Used), func(a, b gate.Used) int { return b.At.Compare(a.At) })
+		for _, u := range used[:min(each, len(used))] {
 			info.Gates = append(info.Gates, codesign.Gate{Name: r.Gate, Attester: u.Identity, Evidence: integrity.Digest(u.Evidence), At: u.At.UTC()})
 		}
 	}
 }
+
+const maxGates = 64 // of a release record
 
 // Entry describes an order, as far as it has come, for the audit.
 func (s *Signer) Entry(event string, o *Order, out *Signed) Entry {

@@ -95,6 +95,23 @@ func TestSign_refuses(t *testing.T) {
 	}
 }
 
+// Much evidence makes no record that is too large to sign.
+func TestSign_muchEvidence(t *testing.T) {
+	w := newWorld(t)
+	var ev []signer.Evidence
+	for i := range 100 {
+		w.now = epoch().Add(time.Duration(i) * time.Minute)
+		ev = append(ev, w.evidence(t, "ci", gate.TypeTest, fmt.Sprintf(`{"result":"PASSED","passedTests":["a%d"]}`, i)))
+	}
+	out, err := w.Sign(t.Context(), w.order(ev...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g := out.Release.Gates; len(g) == 0 || len(g) > 64 || !g[0].At.Equal(w.now) {
+		t.Errorf("%d gates, the first of %v", len(g), g[0].At)
+	}
+}
+
 // Evidence about one artefact does not let another through: the signer looks
 // for itself.
 func TestSign_looksForItself(t *testing.T) {

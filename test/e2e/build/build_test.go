@@ -90,8 +90,7 @@ func (l *lab) run(name string, args ...string) string {
 	c.Dir, c.Env = l.dir, append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath -buildvcs=false")
 	out, err := c.Output()
 	if err != nil {
-		var e *exec.ExitError
-		if errors.As(err, &e) {
+		if e, ok := errors.AsType[*exec.ExitError](err); ok {
 			out = append(out, e.Stderr...)
 		}
 		l.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
