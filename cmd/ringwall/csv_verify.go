@@ -187,7 +187,7 @@ func (o *csvOptions) run(ctx context.Context, e *env, path string) error {
 		return err
 	}
 	for _, out := range outputs {
-		if err := o.write(e, r, out, sign); err != nil {
+		if err := o.write(e, r, out, sign); err != nil { //nolint:contextcheck // a verdict goes to no log
 			return codedError{csv.ExitInternal, fmt.Errorf("report as %s: %w", out.format, err)}
 		}
 	}

@@ -54,7 +54,7 @@ func object(text string) []byte {
 	copy(b, "\x7fELF\x02\x01\x01")
 	binary.LittleEndian.PutUint16(b[16:], 1)
 	binary.LittleEndian.PutUint16(b[18:], 62)
-	return append(b, text...)
+	return slices.Concat(b, []byte(text))
 }
 
 func gz(b []byte) string {
