@@ -190,7 +190,7 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) (err erro
 // signer puts the local signer together; closeAll releases what it holds.
 func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, err error) {
 	var closers []func() error
-	closeAll = func() error {
+	release := func() error {
 		var all error
 		for _, c := range slices.Backward(closers) {
 			all = errors.Join(all, c())
@@ -199,7 +199,7 @@ func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, e
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, closeAll())
+			err = errors.Join(err, release())
 		}
 	}()
 	a, err := loadAuthority(e, o.keys, o.passphraseFile)
@@ -243,7 +243,7 @@ func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, e
 	}
 	s.Log = log
 	closers = append(closers, closeLog)
-	return s, closeAll, nil
+	return s, release, nil
 }
 
 // lockState makes sure that no other signer has the directory: two would each
