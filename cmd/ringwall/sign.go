@@ -44,7 +44,7 @@ func newSignCommand(e *env) *cobra.Command {
 	c := &cobra.Command{
 		Use:     "sign PATH... --keys DIR [--release-policy FILE --evidence DIR]",
 		GroupID: groupSign,
-		Short:   "Sign builds: directories, tar archives, Debian packages",
+		Short:   "Sign builds: directories, archives, packages, images",
 		Long: `Reads each build to its end, lists what is executable in it (programs, libraries,
 scripts, kernel modules, firmware, maintainer scripts) in a catalogue, asks the
 product's release policy whether every gate is passed, and signs a release record
@@ -253,7 +253,7 @@ func lockState(dir string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil { //nolint:gosec // a descriptor fits
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return nil, errors.Join(fmt.Errorf("state %s is another signer's at the moment: %w", dir, errs.Conflict), f.Close())
 	}
 	return f.Close, nil
