@@ -391,6 +391,14 @@ type keyInfo struct {
 	Key         string    `json:"key"`         // present, encrypted, token or absent
 }
 
+// keyLog is the authority's transparency log.
+type keyLog struct {
+	File   string `json:"file"`
+	Origin string `json:"origin"`
+	Line   string `json:"line"` // as policies name it
+	Key    string `json:"key"`  // as in keyInfo
+}
+
 func newKeyShowCommand(e *env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show DIR",
@@ -399,7 +407,8 @@ func newKeyShowCommand(e *env) *cobra.Command {
 after checking it against its purpose and the root. It needs no passphrase.
 
 JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
-"not_before", "not_after", "fingerprint", "key": "present|encrypted|token|absent"}]}`,
+"not_before", "not_after", "fingerprint", "key": "present|encrypted|token|absent"}],
+"log": {"file", "origin", "line", "key"}}`,
 		Example: "  ringwall key show keys",
 		Args:    exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -411,7 +420,15 @@ JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
 				Directory    string    `json:"directory"`
 				Fleet        string    `json:"fleet"`
 				Certificates []keyInfo `json:"certificates"`
+				Log          *keyLog   `json:"log,omitempty"`
 			}{Directory: args[0], Fleet: fleetOf(a)}
+			if a.Log != nil {
+				state, err := keyState(filepath.Join(args[0], "log.key"))
+				if err != nil {
+					return err
+				}
+				out.Log = &keyLog{File: "log.pub", Origin: a.Log.Origin, Line: a.Log.String(), Key: state}
+			}
 			add := func(stem, purpose string, c *x509.Certificate) error {
 				state, err := keyState(filepath.Join(args[0], stem+".key"))
 				out.Certificates = append(out.Certificates, keyInfo{
@@ -434,6 +451,9 @@ JSON: {"directory", "fleet", "certificates": [{"file", "subject", "purpose",
 				fmt.Fprintln(t, "FILE\tPURPOSE\tSUBJECT\tVALID UNTIL\tKEY")
 				for _, c := range out.Certificates {
 					fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", c.File, c.Purpose, c.Subject, c.NotAfter.Format(time.DateOnly), c.Key)
+				}
+				if l := out.Log; l != nil {
+					fmt.Fprintf(t, "%s\tlog\t%s\t-\t%s\n", l.File, l.Origin, l.Key)
 				}
 				_ = t.Flush()
 				fmt.Fprintln(w, "\nFingerprints (SHA-256):")

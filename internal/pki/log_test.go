@@ -372,3 +372,17 @@ func TestAuthority_log(t *testing.T) {
 		t.Errorf("key of another log: %v", err)
 	}
 }
+
+func BenchmarkVerifyBundle_logged(b *testing.B) {
+	w := newWorld(b)
+	l := newLog(b, "log.fleet.example")
+	l.leaves = someLeaves(10_000)
+	bundle := w.logged(b, l, "x")
+	roots := w.roots(l)
+	b.ReportMetric(float64(len(bundle)), "bytes")
+	for b.Loop() {
+		if _, err := pki.VerifyBundle(bundle, roots, pki.PurposeBuild); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -140,3 +140,21 @@ func FuzzTSARespond(f *testing.F) {
 		}
 	})
 }
+
+func FuzzCheckTimestampReply(f *testing.F) {
+	w := newWorld(f)
+	q, err := pki.TimestampRequest([]byte("m"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	der, err := w.TSA.Respond(q)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(der)
+	f.Fuzz(func(t *testing.T, response []byte) {
+		if err := pki.CheckTimestampReply(response, q); err != nil && !errors.Is(err, errs.Invalid) && !errors.Is(err, errs.Untrusted) {
+			t.Errorf("error of no kind: %v", err)
+		}
+	})
+}
