@@ -74,7 +74,7 @@ statement that names the policies it is about; it needs --keys with an attester'
 key. ringwall csv explain CSV001 says what a check is about.
 
 JSON: {"version", "at", "inventory", "artefact": {"name", "format", "sha256",
-"package", "version"}, "release", "catalogue", "files", "bytes", "contents",
+"package", "version", "archive"}, "release", "catalogue", "files", "bytes", "contents",
 "kinds", "rings", "cells": [{"ring", "hosts", "policy", "epoch",
 "policy_sha256", "agent", "kernel", "allowed", "blocked", "logged", "unasked",
 "findings", "outcome", "not_live", "unloadable"}], "findings": [{"id",

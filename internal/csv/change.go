@@ -78,9 +78,6 @@ func (u *Uses) Add(k integrity.Key, kind integrity.Kind, path, host string, coun
 	return nil
 }
 
-// Len is the number of different uses.
-func (u *Uses) Len() int { return len(u.order) }
-
 // all lists the uses in order of their first paths.
 func (u *Uses) all() []Use {
 	out := make([]Use, 0, len(u.order))

@@ -174,7 +174,7 @@ func (s *seen) look(name string, d integrity.Digest) {
 func (w *want) fits(name string) bool {
 	dir := path.Dir(name)
 	switch {
-	case w.library:
+	case w.as == integrity.KindLibrary: // loaders, too: distributions link to where they are
 		return strings.Contains(dir, "lib") || strings.HasPrefix(dir, "opt")
 	case w.searched:
 		return slices.Contains(searchPath(), dir)

@@ -110,16 +110,10 @@ const (
 	dtStrtab  = 5
 	dtStrsz   = 10
 	dtSoname  = 14
-	dtRpath   = 15
 	dtTextrel = 22
-	dtBindNow = 24
-	dtRunpath = 29
 	dtFlags   = 30
-	dtFlags1  = 0x6ffffffb
 
 	dfTextrel = 4
-	dfBindNow = 8
-	df1Now    = 1
 
 	em386 = 3
 )
@@ -132,19 +126,15 @@ type prog struct {
 // elfFacts are what the kernel and the loader read in a file. Only program
 // headers count for them, and so only these count here.
 type elfFacts struct {
-	machine   uint16
-	program   bool   // ET_EXEC, or it names a loader
 	interp    string // the loader, without leading slash
 	needed    []string
 	soname    string
-	runpath   []string
 	fixed     bool // ET_EXEC: not position-independent
 	dynamic   bool
 	rwx       bool // a segment that is writable and executable
 	execStack bool
 	textrel   bool
 	relro     bool
-	bindNow   bool
 	packed    string // by what packer
 }
 
@@ -225,7 +215,7 @@ func parseELF(w *window) (*elfFacts, error) {
 	if e.kind != etExec && e.kind != etDyn || len(e.progs) == 0 {
 		return nil, nil //nolint:nilnil // said above
 	}
-	f := &elfFacts{machine: e.machine, fixed: e.kind == etExec, program: e.kind == etExec}
+	f := &elfFacts{fixed: e.kind == etExec}
 	stack := false
 	for _, p := range e.progs {
 		switch p.kind {
@@ -239,7 +229,7 @@ func parseELF(w *window) (*elfFacts, error) {
 			if p.size == 0 || p.size > maxWord || b == nil || b[len(b)-1] != 0 {
 				return nil, badELF("no readable PT_INTERP")
 			}
-			f.program, f.interp = true, clean(string(b[:bytes.IndexByte(b, 0)]))
+			f.interp = clean(string(b[:bytes.IndexByte(b, 0)]))
 		case ptGNUStack:
 			stack = true
 			f.execStack = p.flags&pfX != 0
@@ -288,7 +278,7 @@ func (e *elfFile) dynamicOf(f *elfFacts) error {
 		return uint64(e.bo.Uint32(b))
 	}
 	var names, strtab, strsz uint64
-	var needed, runpath []uint64
+	var needed []uint64
 	var soname uint64
 entries:
 	for ; uint64(len(b)) >= size; b = b[size:] {
@@ -304,19 +294,13 @@ entries:
 			strsz = v
 		case dtSoname:
 			soname = v
-		case dtRpath, dtRunpath:
-			runpath = append(runpath, v)
 		case dtTextrel:
 			f.textrel = true
-		case dtBindNow:
-			f.bindNow = true
 		case dtFlags:
-			f.textrel, f.bindNow = f.textrel || v&dfTextrel != 0, f.bindNow || v&dfBindNow != 0
-		case dtFlags1:
-			f.bindNow = f.bindNow || v&df1Now != 0
+			f.textrel = f.textrel || v&dfTextrel != 0
 		}
 	}
-	if len(needed)+len(runpath) == 0 && soname == 0 {
+	if len(needed) == 0 && soname == 0 {
 		return nil
 	}
 	if names != 1 || len(needed) > maxNeeded {
@@ -326,7 +310,7 @@ entries:
 	if err != nil {
 		return err
 	}
-	return f.texts(table, needed, runpath, soname)
+	return f.texts(table, needed, soname)
 }
 
 // table returns the dynamic string table, which is given by address.
@@ -342,7 +326,7 @@ func (e *elfFile) table(addr, size uint64) ([]byte, error) {
 	return nil, badELF("dynamic string table lies in no segment")
 }
 
-func (f *elfFacts) texts(table []byte, needed, runpath []uint64, soname uint64) error {
+func (f *elfFacts) texts(table []byte, needed []uint64, soname uint64) error {
 	text := func(off uint64) (string, error) {
 		if off >= uint64(len(table)) {
 			return "", badELF("a name lies beyond the string table")
@@ -360,13 +344,6 @@ func (f *elfFacts) texts(table []byte, needed, runpath []uint64, soname uint64) 
 			return err
 		}
 		f.needed = append(f.needed, s)
-	}
-	for _, off := range runpath {
-		s, err := text(off)
-		if err != nil {
-			return err
-		}
-		f.runpath = append(f.runpath, s)
 	}
 	if soname == 0 {
 		return nil

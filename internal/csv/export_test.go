@@ -9,3 +9,6 @@ func ELF(b []byte, piece int) (needed []string, is bool, err error) {
 	}
 	return f.needed, true, nil
 }
+
+// Len is the number of different uses.
+func (u *Uses) Len() int { return len(u.order) }

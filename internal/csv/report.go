@@ -45,6 +45,7 @@ type ArtefactInfo struct {
 	SHA256  string `json:"sha256"`
 	Package string `json:"package,omitempty"`
 	Version string `json:"version,omitempty"`
+	Archive string `json:"archive,omitempty"` // that it comes from, taken at its word
 }
 
 // ReleaseInfo names the release record.
@@ -129,7 +130,7 @@ func (j *judge) frame(v *Inventory) *Report {
 	s := j.subject
 	r := &Report{
 		Version: reportVersion, At: j.o.Now.UTC(), Rings: slices.Clone(v.Rings), Kinds: map[string]int{}, Findings: []Finding{}, Unchecked: j.unchecked,
-		Artefact: ArtefactInfo{Name: s.Name, Format: s.Format, SHA256: s.Digest.String(), Package: s.Package, Version: s.Version},
+		Artefact: ArtefactInfo{Name: s.Name, Format: s.Format, SHA256: s.Digest.String(), Package: s.Package, Version: s.Version, Archive: j.c.Archive},
 	}
 	if !v.Taken.IsZero() {
 		t := v.Taken.UTC()

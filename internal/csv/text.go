@@ -31,6 +31,8 @@ func (r *Report) WriteText(w io.Writer, quote Quote) {
 	case r.Release != nil:
 		fmt.Fprintf(w, "     release %s %s, epoch %d, signed by %s at %s\n",
 			quote(r.Release.Product), quote(r.Release.Version), r.Release.Epoch, quote(r.Release.Identity), utc(r.Release.SignedAt))
+	case a.Archive != "":
+		fmt.Fprintf(w, "     a package of archive %s, taken at its word; a host asks the archive's signature\n", quote(a.Archive))
 	default:
 		fmt.Fprintln(w, "     no release record that any policy believes")
 	}
