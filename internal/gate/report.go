@@ -235,7 +235,7 @@ func ReadSARIF(data []byte) (*Report, error) {
 	var tools []string
 	for _, run := range runs {
 		driver := run.object("tool").object("driver")
-		if driver.text("name") == "" {
+		if strings.TrimSpace(driver.text("name")) == "" {
 			return nil, invalid("SARIF: a run has no tool.driver.name")
 		}
 		tools = append(tools, plainName(strings.TrimSpace(driver.text("name")+" "+driver.text("version"))))
