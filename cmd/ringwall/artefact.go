@@ -56,12 +56,6 @@ func (a *artefact) name() string { return a.Name }
 // pkg is what a package says of itself, once walked.
 func (a *artefact) pkg() (builds.Package, bool) { return a.Package() }
 
-// deb is what a Debian package says of itself, once walked.
-func (a *artefact) deb() (codesign.DebControl, bool) {
-	p, ok := a.Package()
-	return codesign.DebControl{Package: p.Name, Version: p.Version, Architecture: p.Architecture}, ok && a.Format == builds.FormatDeb
-}
-
 // digest is the SHA-256 of the file, or of the directory's listing, once walked.
 func (a *artefact) digest() integrity.Digest {
 	if a.Format != builds.FormatDir {

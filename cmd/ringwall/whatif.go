@@ -116,13 +116,13 @@ func packageSource(ctx context.Context, e *env, file, archive string) (integrity
 	if err != nil {
 		return none, err
 	}
-	d, ok := a.deb()
-	if !ok {
+	d, ok := a.pkg()
+	if !ok || a.Format != builds.FormatDeb {
 		return none, fmt.Errorf("no Debian package: %w", errs.Invalid)
 	}
 	c, err := codesign.ParseCatalogue(b.Catalogue)
 	if err != nil {
 		return none, err
 	}
-	return codesign.CatalogueSource(integrity.Origin{Archive: archive, Package: d.Package, Version: d.Version}, c, b.Names)
+	return codesign.CatalogueSource(integrity.Origin{Archive: archive, Package: d.Name, Version: d.Version}, c, b.Names)
 }
