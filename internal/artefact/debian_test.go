@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -28,6 +29,8 @@ func realPackages() []string {
 	}
 }
 
+var packagesLock sync.Mutex
+
 // debianPackages downloads them into the cache, once a week.
 func debianPackages(t *testing.T) []string {
 	t.Helper()
@@ -43,6 +46,8 @@ func debianPackages(t *testing.T) []string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	packagesLock.Lock() // the tests of them run side by side
+	defer packagesLock.Unlock()
 	names := realPackages()
 	if kernel := kernelPackage(); kernel != "" {
 		names = append(names, kernel)
@@ -95,6 +100,7 @@ func kernelPackage() string {
 // Every member of real packages, with digest, mode and link, is what dpkg-deb
 // unpacks, and nothing is missing.
 func TestDeb_dpkg(t *testing.T) {
+	t.Parallel()
 	var files, nested int
 	for _, p := range debianPackages(t) {
 		t.Run(filepath.Base(p), func(t *testing.T) {
@@ -146,6 +152,7 @@ func debianTree(t *testing.T, packages ...string) string {
 
 // Images made of real packages: what we read is what the native tool unpacks.
 func TestImages_nativeTools(t *testing.T) {
+	t.Parallel()
 	dir := debianTree(t, "nginx", "python3.11-minimal", "libpython3.11-minimal", "perl-base", "lua5.4", "coreutils", "sudo", "iputils-ping",
 		"libc6-dev", "junit4", "hello", "dash", "tzdata", "systemd-boot-efi", "busybox-static")
 	whole := members(t, open(t, dir, artefact.Options{Depth: -1}))
@@ -238,6 +245,7 @@ echo posttrans
 
 // RPM packages in every compression, made of real files by rpmbuild.
 func TestRPM_rpm2cpio(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("rpmbuild"); err != nil {
 		t.Skip("SKIPPED, NOT CHECKED: rpmbuild is not installed")
 	}
