@@ -212,6 +212,7 @@ func TestHostile(t *testing.T) {
 		"rpm: file in no directory": {rpmOf(func(m map[int]any) {
 			m[5010], m[1117], m[1118], m[1116] = []string{"cap_net_raw=ep"}, []string{"a"}, []string{"/"}, []uint32{7}
 		}), errs.Invalid},
+		"rpm: millions of texts":  {rpmOf(func(m map[int]any) { m[5010] = make([]string, 2<<20) }), errs.Invalid},
 		"rpm: script is a number": {rpmOf(func(m map[int]any) { m[1024] = []uint32{1} }), errs.Invalid},
 
 		"uki: section beyond the end": {patch(image, 88+240+20, 0xff, 0xff, 0xff, 0x7f), errs.Invalid},

@@ -22,7 +22,8 @@ const (
 	rpmLead      = 96
 	rpmMagic     = "\x8e\xad\xe8\x01"
 	maxRPMTags   = 64 << 10
-	maxRPMHeader = 256 << 20 // RPM's own limit
+	maxRPMHeader = 64 << 20 // RPM takes 256 MiB, for packages that nobody makes
+	maxRPMTexts  = 1 << 20  // strings of a tag: one for each file
 	// rpmPrefix is where scriptlets are members. A payload must not use it.
 	rpmPrefix = "RPM/"
 )
@@ -182,6 +183,9 @@ func (h *rpmHeader) texts(tag int) ([]string, error) {
 	case rpmStringArray, rpmI18NString:
 	default:
 		return nil, fmt.Errorf("tag %d is no text: %w", tag, errs.Invalid)
+	}
+	if n > maxRPMTexts {
+		return nil, fmt.Errorf("tag %d has %d texts: %w", tag, n, errs.Invalid)
 	}
 	b := h.store[e.offset:]
 	out := make([]string, 0, n)

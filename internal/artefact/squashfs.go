@@ -26,7 +26,8 @@ const (
 	squashPerTable   = squashMeta / 16
 	squashSecurity   = 2
 	squashOutOfLine  = 0x100
-	maxXattrs        = 1 << 16
+	maxXattrs        = 1 << 16 // of a file
+	maxAllXattrs     = 1 << 24
 	maxXattrBytes    = 64 << 10
 	maxDirectoryList = 256 << 20
 )
@@ -44,6 +45,8 @@ type squashfs struct {
 	seen             map[uint64]bool // directories
 	members          int
 	claimed          int64
+	unpacked         int64 // decompressed, also what was so before
+	attributes       int
 	visit            func(codesign.Member, io.Reader) error
 }
 
@@ -133,7 +136,7 @@ func (s *squashfs) block(at int64) (squashBlock, error) {
 	}
 	if head&0x8000 == 0 {
 		var err error
-		if raw, err = s.decode.block(raw, make([]byte, 0, squashMeta)); err != nil {
+		if raw, err = s.decompress(raw, make([]byte, 0, squashMeta)); err != nil {
 			return squashBlock{}, fmt.Errorf("metadata at %d: %w", at, err)
 		}
 	}
@@ -283,6 +286,9 @@ func (s *squashfs) directory(ref uint64, rel string) error {
 		return fmt.Errorf("%.200q contains itself, or is linked twice: %w", rel, errs.Invalid)
 	}
 	s.seen[ref] = true
+	if s.members++; s.members > maxMembers {
+		return fmt.Errorf("more than %d members: %w", maxMembers, errs.Invalid)
+	}
 	left := i.size - 3 // for "." and "..", which are not stored
 	if left <= 0 {
 		return nil
@@ -393,7 +399,7 @@ func (s *squashfs) hasCaps(id uint32) (bool, error) {
 		return false, err
 	}
 	ref, n := t.u64(), t.u32()
-	if t.err != nil || n > maxXattrs {
+	if s.attributes += int(n); t.err != nil || n > maxXattrs || s.attributes > maxAllXattrs {
 		return false, fmt.Errorf("%d attributes (%w): %w", n, t.err, errs.Invalid)
 	}
 	c := s.cursor(start+int64(ref>>16), int(ref&0xffff)) // cursor checks both
@@ -495,7 +501,17 @@ func (s *squashfs) data(at int64, size uint32, buf []byte) ([]byte, error) {
 	if int64(cap(buf)) < s.blockSize {
 		buf = make([]byte, 0, s.blockSize)
 	}
-	return s.decode.block(raw, buf[:0:s.blockSize])
+	return s.decompress(raw, buf[:0:s.blockSize])
+}
+
+// decompress unpacks a block. An image that has the same blocks unpacked over
+// and over, for files that take turns, is as much of a bomb as a large one.
+func (s *squashfs) decompress(raw, into []byte) ([]byte, error) {
+	b, err := s.decode.block(raw, into)
+	if s.unpacked += int64(len(b)); err == nil && s.unpacked > nestedFree+nestedRatio*s.src.Size() {
+		err = fmt.Errorf("unpacks to more than %d times the whole: %w", nestedRatio, errs.Invalid)
+	}
+	return b, err
 }
 
 func (s *squashfs) fragmentBlock(n uint32) ([]byte, error) {
