@@ -247,7 +247,7 @@ func (l *ledger) findings(contents []content, expand func(columns []int32) (cell
 	for at, set := range l.hits {
 		members[group{at[1], set}] = append(members[group{at[1], set}], at[0])
 	}
-	out := slices.Clone(l.detached)
+	out := append([]Finding{}, l.detached...) // never null in JSON
 	for g, ms := range members {
 		slices.Sort(ms)
 		c := l.causes[g.cause]
