@@ -356,6 +356,8 @@ func TestQuote_forms(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
+	_, err = VerifyQuote(f.ak, f.sign(f.quote(nil, bank, clock)), nil, bank)
+	wantReason(t, "no challenge at all", err, ReasonNonce)
 	bad := bytes.Clone(good)
 	bad[0] = 0
 	_, err = VerifyQuote(f.ak, f.sign(bad), nonce, bank)
