@@ -237,6 +237,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	var workers sync.WaitGroup
 	defer workers.Wait()
 	defer stop()
+	a.pipe.deaf.Store(true)
 	workers.Go(func() { a.pipe.run(ctx) })
 	a.measurer = newMeasurer(a.watcher)
 	defer a.measurer.close()
@@ -246,6 +247,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	// The kernel keeps events until here, where the policy that explains them is known.
 	failed := make(chan error, 2)
+	a.pipe.deaf.Store(false)
 	workers.Go(func() { failed <- a.watcher.Events(ctx, a.take) })
 	srv, err := newControl(ctx, a)
 	if err != nil {

@@ -30,13 +30,15 @@ const (
 type pipeline struct {
 	queue    chan any // enforce.Event or Record
 	overflow atomic.Uint64
-	current  atomic.Pointer[loaded]
-	rec      recorder
-	log      *eventLog
-	syslog   *host.Journal
-	hook     *webhook
-	now      func() time.Time
-	canary   func(enforce.Event) bool
+	// deaf: the kernel's events are not read yet and wait there; they are not lost.
+	deaf    atomic.Bool
+	current atomic.Pointer[loaded]
+	rec     recorder
+	log     *eventLog
+	syslog  *host.Journal
+	hook    *webhook
+	now     func() time.Time
+	canary  func(enforce.Event) bool
 
 	mu   sync.Mutex
 	seq  sequence
@@ -179,6 +181,9 @@ func (p *pipeline) count(e *enforce.Event) {
 
 // checkGaps tells of numbers whose event did not come.
 func (p *pipeline) checkGaps(now time.Time) {
+	if p.deaf.Load() {
+		return
+	}
 	n := p.raised()
 	p.mu.Lock()
 	p.seq.raised(n, time.Now())

@@ -301,3 +301,25 @@ func TestClock_neverGoesBack(t *testing.T) {
 		t.Error("a damaged clock file was taken for a first start")
 	}
 }
+
+// What waits in the kernel for an agent that is still starting is not lost.
+func TestEvents_noGapBeforeTheyAreRead(t *testing.T) {
+	l := newLab(t)
+	l.prepare(l.policy(5, "enforce", ""))
+	l.start()
+	l.stop()
+	p := l.agent.pipe
+	l.kernel.counters.Raised = 3
+	later := time.Now().Add(time.Hour)
+	p.deaf.Store(true)
+	p.checkGaps(later)
+	p.checkGaps(later)
+	if f := p.flow(); f.Lost != 0 {
+		t.Errorf("%d are told as lost and were not read", f.Lost)
+	}
+	p.deaf.Store(false)
+	p.checkGaps(later)
+	if f := p.flow(); f.Lost != 3 {
+		t.Errorf("%d are told as lost of 3 that never came", f.Lost)
+	}
+}
