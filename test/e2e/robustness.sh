@@ -4,7 +4,8 @@
 probe=/root/harness/probe
 evil=/root/evil
 wanted=/etc/systemd/system/sysinit.target.wants/ringwall-agent.service
-dropin=/etc/systemd/system/ringwall-agent.service.d
+# where nobody guards: told, not refused
+dropin=/etc/systemd/system.control/ringwall-agent.service.d
 epoch() { ringwall status --output json | sed -n 's/.*"epoch": *\([0-9]*\).*/\1/p' | head -n 1; }
 agent_pid() { systemctl show -p MainPID --value ringwall-agent; }
 # sign EPOCH: the same policy with a higher epoch
@@ -203,6 +204,26 @@ killed_applying() {
 	calm "an unlisted program during that"
 }
 
+upgraded() {
+	mkdir -p /root/next
+	cp /usr/bin/ringwall /root/next/ringwall
+	printf x >>/root/next/ringwall
+	works "sign a newer agent" ringwall sign /root/next --keys "$prepared/keys" --product ringwall --version 2.0 --epoch 1 --out /root/next-releases
+	refused "an agent that nobody authorised" ringwall host upgrade /root/next/ringwall
+	works "authorise it" ringwall host add-release /root/next-releases
+	refused "something authorised that is no agent" ringwall host upgrade /bin/true
+	refused "cp over the agent's program" cp /root/next/ringwall /usr/bin/ringwall
+	storm
+	works "the agent replaces itself" ringwall host upgrade /root/next/ringwall
+	wait_for_agent
+	calm "an unlisted program during that"
+	works "the new program is installed" cmp /root/next/ringwall /usr/bin/ringwall
+	works "and is what answers" sh -c 'ringwall status --output json | grep -q "$(sha256sum </root/next/ringwall | cut -c1-64)"'
+	works "the service manager has it for the agent" sh -c 'test "$(readlink /proc/$(systemctl show -p MainPID --value ringwall-agent)/exe)" = /usr/bin/ringwall && systemctl is-active ringwall-agent'
+	works "it proves that it enforces" ringwall host canary
+	refused "its program is guarded" sh -c 'echo x >>/usr/bin/ringwall'
+}
+
 # crash: the machine stops without a word to anybody
 crash() {
 	echo $fails >/root/fails
@@ -216,6 +237,7 @@ case $RINGWALL_BOOT in
 	cp /bin/true $evil
 	set_up
 	printf x >>$evil
+	upgraded
 	killed
 	frozen
 	starved
@@ -248,51 +270,50 @@ case $RINGWALL_BOOT in
 	refused "an unlisted program after the second crash" $evil
 	# As if the disk were in another machine: a boot without the agent.
 	refused "taking the agent out of the next boot" rm $wanted
+	refused "a drop-in of its unit" sh -c 'echo "[Unit]" >/etc/systemd/system/ringwall-agent.service.d/x.conf'
+	refused "in a directory of that name of root's own" mv /etc/systemd/system/ringwall-agent.service.d /root/moved
+	refused "masking its unit" ln -sf /dev/null /etc/systemd/system/ringwall-agent.service
 	touch /root/offline
 	mkdir -p $dropin
 	printf '[Unit]\nConditionPathExists=!/root/offline\n' >$dropin/offline.conf
+	works "a drop-in elsewhere is in the status" sh -c "ringwall status | grep -q '^next boot.*$dropin/offline.conf'"
+	sleep 25
+	works "and is an alert" sh -c "ringwall events | grep -q $dropin/offline.conf"
 	restart_guest
 	;;
 4)
 	works "a boot without the agent, for changes of the disk" $evil
 	rm /root/offline
-	cp -a $state /root/state
-	# shown TITLE WORDS: with the state as it is, the agent does not start, and says why.
-	shown() {
-		since=$(date '+%F %T')
-		systemctl start --no-block ringwall-agent
-		i=0
-		until journalctl -u ringwall-agent --since "$since" --no-pager | grep -q "$2"; do
-			i=$((i + 1))
-			[ $i -lt 100 ] || { bad "$1: the agent does not say so: $(journalctl -u ringwall-agent --since "$since" --no-pager | tail -n 3)"; break; }
-			sleep 0.5
-		done
-		if ringwall status >/dev/null 2>&1; then bad "$1: the agent says that it enforces"; else ok "$1: the agent refuses to start and says so"; fi
-		systemctl stop ringwall-agent
-		rm -rf $state
-		cp -a /root/state $state
-	}
+	rm -r $dropin
+	# one write before a boot, or a fault of the disk, does not open the host
 	cp /root/3.policy.json $state/policy.json
-	shown "an older policy, put on the disk" "put an old one back"
-	head -c 700 /root/9.policy.json >$state/policy.json
-	shown "half a policy" "confirmed policy"
-	: >$state/policy.json
-	shown "an empty policy" "confirmed policy"
+	: >$state/anchor.json
 	sed 's/"epoch": *[0-9]*/"epoch":1/' $state/floor/epoch >/root/floor.epoch
 	cp /root/floor.epoch $state/floor/epoch
-	shown "a lower floor" "floor"
+	mkfifo $state/events/x && mv $state/events/x $state/floor/clock
 	# what a crash can leave behind does no harm
 	head -c 700 /root/9.policy.json >$state/.policy.json.tmp-1
 	echo '{' >"$state/releases/0000.cat"
 	head -c 100 "$(find $state/packages -name '*.json' | head -n 1)" >"$state/packages/.x.json.tmp-2"
 	head -c 1000 /dev/zero >$state/incoming/deb-3
 	printf '{"version":1,"ti' >>$state/events/events.jsonl
-	rm -r $dropin
+	systemctl daemon-reload
+	systemctl start --no-block ringwall-agent
+	wait_for_agent
+	if [ "$(epoch)" = 9 ]; then ok "with an old policy, no anchor and a broken floor on the disk, epoch 9 is enforced"; else bad "epoch $(epoch) is in force"; fi
+	refused "an unlisted program" $evil
+	works "each is in the status" sh -c 'ringwall status >/run/status; grep -q "an old one back" /run/status && grep -q "trust anchor is damaged" /run/status && grep -q "floor is damaged" /run/status && grep -q "latest time seen" /run/status'
+	sleep 4
+	works "and an alert" sh -c 'test "$(ringwall events --output json | grep -c state-damaged)" -ge 4'
+	refused "an older policy, handed in" ringwall host apply /root/8.policy.json
+	sign 10
+	works "a newer one makes the floor anew" ringwall host apply /root/10.policy.json
 	restart_guest
 	;;
 5)
 	wait_for_agent
-	if [ "$(epoch)" = 9 ]; then ok "it enforces with what a crash left lying about"; else bad "epoch $(epoch) is in force"; fi
+	works "nothing is damaged any more" sh -c 'ringwall status >/run/status; ! grep -q "^problem *state" /run/status'
+	if [ "$(epoch)" = 10 ]; then ok "it enforces with what a crash left lying about"; else bad "epoch $(epoch) is in force"; fi
 	refused "an unlisted program" $evil
 	works "the log goes on after half a line" sh -c 'sleep 3; ringwall events -n 5 --output json | tail -n 1 | grep -q "\"path\":\"/root/evil\"\|\"type\""'
 	if [ -e $state/incoming/deb-3 ] || [ -e $state/.policy.json.tmp-1 ]; then bad "what the crash left lying about is kept"; else ok "what the crash left lying about is gone"; fi

@@ -53,8 +53,15 @@ set_up() {
 	mkdir -p /root/harness
 	cp "$RINGWALL_RUNNER" "$0" /payload/parts/probe /root/harness/
 	works "sign the harness" ringwall sign /root/harness --keys "$prepared/keys" --product demo --version 1.1 --epoch 2 --out /root/releases
-	# this policy, unlike the quickstart's, lets interpreters take code as an argument
+	# this policy, unlike the quickstart's, lets interpreters take code as an argument,
+	# and says whose builds may be the agent
 	sed -e 's/^epoch: 2$/epoch: 3/' -e '/^interpreters:/,$d' "$prepared/demo.yaml" >/root/3.yaml
+	cat >>/root/3.yaml <<-'POLICY'
+		  - rule: agents
+		    signer: {authority: Demo Fleet build CA, product: ringwall}
+		programs:
+		  - {rule: agent, match: {product: ringwall, files: [ringwall]}, may: [agent]}
+	POLICY
 	works "sign the next policy" ringwall policy sign /root/3.yaml --keys "$prepared/keys" -o /root/3.policy.json
 	systemctl daemon-reload
 	systemctl start --no-block ringwall-agent
