@@ -254,8 +254,11 @@ func (r *Report) where(f *Finding) string {
 
 // label names a cell's policy.
 func (c *CellResult) label() string {
-	if c.Unloaded {
+	switch {
+	case c.Unloaded:
 		return "unknown"
+	case c.Policy == "":
+		return "not asked" // the build could not be read
 	}
 	return fmt.Sprintf("%s %d", c.Policy, c.Epoch)
 }

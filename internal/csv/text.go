@@ -36,13 +36,16 @@ func (r *Report) WriteText(w io.Writer, quote Quote) {
 	default:
 		fmt.Fprintln(w, "     no release record that any policy believes")
 	}
-	fmt.Fprintf(w, "     %s files, %s contents of code:", thousands(r.Files), thousands(r.Contents))
-	for _, k := range integrity.Kinds() {
-		if n := r.Kinds[k.String()]; n > 0 {
-			fmt.Fprintf(w, " %s %s", k, thousands(n))
+	if r.Catalogue != "" { // it was read to its end
+		fmt.Fprintf(w, "     %s files, %s contents of code:", thousands(r.Files), thousands(r.Contents))
+		for _, k := range integrity.Kinds() {
+			if n := r.Kinds[k.String()]; n > 0 {
+				fmt.Fprintf(w, " %s %s", k, thousands(n))
+			}
 		}
+		fmt.Fprintln(w)
 	}
-	fmt.Fprint(w, "\n\n")
+	fmt.Fprintln(w)
 	r.table(w, quote)
 	for i := range r.Findings {
 		r.finding(w, &r.Findings[i], quote)
