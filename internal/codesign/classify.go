@@ -59,7 +59,7 @@ const (
 	isElf               // ELF of another type, or cut short
 	isShebang           // #!
 	isWasm              // WebAssembly
-	isBytecode          // Java class, .NET assembly
+	isBytecode          // Java class or image of classes (jimage), .NET assembly, Lua, Erlang
 	isBoot              // a kernel, or an image that firmware starts
 	isInitramfs         // a cpio archive
 	isPycOwn            // Python's byte code that stands for its source by time (PEP 552)
@@ -74,7 +74,8 @@ func sniff(head []byte) sniffed {
 		return isShebang
 	case has("\x00asm"):
 		return isWasm
-	case has("\xca\xfe\xba\xbe"):
+	case has("\xca\xfe\xba\xbe"), has("\xda\xda\xfe\xca"), has("\xca\xfe\xda\xda"), has("\x1bLua"),
+		has("FOR1") && len(head) >= 12 && string(head[8:12]) == "BEAM":
 		return isBytecode
 	case has("MZ"):
 		return sniffPE(head)
