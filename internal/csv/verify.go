@@ -233,7 +233,7 @@ func (j *judge) believe(col *column, p *integrity.Policy) *integrity.Origin {
 	if r == nil {
 		return nil
 	}
-	rel, cat, err := codesign.VerifyRelease(r.Bundle, r.Catalogue, codesign.Roots(p, codesign.SignsBuild))
+	rel, cat, err := codesign.VerifyTrusted(r.Bundle, r.Catalogue, p)
 	if err == nil && j.signed == nil {
 		var t *codesign.NameTable
 		if t, err = rel.VerifyNames(r.Names, cat); err == nil {

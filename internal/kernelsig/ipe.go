@@ -83,12 +83,3 @@ func IPEPolicy(key crypto.Signer, cert *x509.Certificate, text string) ([]byte, 
 	}
 	return b, nil
 }
-
-// VerifyIPEPolicy checks what IPEPolicy made and returns the text.
-func VerifyIPEPolicy(cms []byte, trusted []*x509.Certificate) (text string, by *x509.Certificate, err error) {
-	b, by, err := VerifyAttached(cms, trusted)
-	if err != nil {
-		return "", nil, fmt.Errorf("IPE policy: %w", err)
-	}
-	return string(b), by, nil
-}
