@@ -218,6 +218,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err := os.MkdirAll(a.opts.RunDir, 0o755); err != nil { //nolint:gosec // the socket in it has its own mode
 		return fmt.Errorf("run agent: %w", err)
 	}
+	// whatever the service manager's umask is: the compiler of byte code is another user
+	if err := os.Chmod(a.opts.RunDir, 0o755); err != nil { //nolint:gosec // as above
+		return fmt.Errorf("run agent: %w", err)
+	}
 	lock, err := lockDir(a.opts.RunDir)
 	if err != nil {
 		return fmt.Errorf("run agent: %w", err)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -155,6 +156,7 @@ func (s *snake) imports(names ...string) string {
 func TestBytecode_madeForWhatPackagesBrought(t *testing.T) {
 	modules := map[string]string{"one.py": "who = 'one'\n", "two.py": "who = 'two'\n", "broken.py": "def f(:\n"}
 	s := newSnake(t, "", modules)
+	defer syscall.Umask(syscall.Umask(0o077)) // as under the service manager
 	s.write("own.py", "who = 'own'\n")
 	if err := os.WriteFile(s.pyc("own.py"), []byte("as it was"), 0o644); err != nil {
 		t.Fatal(err)
