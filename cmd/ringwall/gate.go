@@ -13,10 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"ringwall/internal/codesign"
-	"ringwall/internal/errs"
 	"ringwall/internal/gate"
 	"ringwall/internal/signer"
-	"ringwall/internal/strictyaml"
 )
 
 // exitHold is the exit code of what waits for evidence, as with csv verify.
@@ -198,16 +196,6 @@ and whose evidence counts. docs/design/signing.md explains every key.`,
 		newGatePolicyInitCommand(e), newGatePolicyCheckCommand(e), newGatePolicySchemaCommand(e))
 }
 
-// checkedRelease is the result of reading one release policy.
-type checkedRelease struct {
-	File     string               `json:"file"`
-	OK       bool                 `json:"ok"`
-	Name     string               `json:"name,omitempty"`
-	Product  string               `json:"product,omitempty"`
-	Problems []strictyaml.Problem `json:"problems"`
-	Warnings []string             `json:"warnings"`
-}
-
 func newGatePolicyCheckCommand(e *env) *cobra.Command {
 	return &cobra.Command{
 		Use:   "check FILE...",
@@ -225,60 +213,17 @@ JSON: {"policies": [{"file", "ok", "name", "product", "problems": [{"line",
 			return nil
 		},
 		RunE: func(_ *cobra.Command, args []string) error {
-			out := struct {
-				Policies []checkedRelease `json:"policies"`
-			}{}
-			bad := 0
-			for _, f := range args {
-				r := checkedRelease{File: f, Problems: []strictyaml.Problem{}, Warnings: []string{}}
-				p, err := signer.LoadPolicy(f)
-				var problems *strictyaml.Error
-				switch {
-				case errors.As(err, &problems):
-					bad++
-					r.Problems = problems.Problems
-				case err != nil:
+			return checkDocuments(e, "release policies", args, func(d *checkedDocument) error {
+				p, err := signer.LoadPolicy(d.File)
+				if err != nil {
 					return err
-				default:
-					r.OK, r.Name, r.Product = true, p.Name, p.Product
-					r.Warnings = append(r.Warnings, lintRelease(p)...)
 				}
-				out.Policies = append(out.Policies, r)
-			}
-			if err := e.emit(out, func(w io.Writer) {
-				for i := range out.Policies {
-					out.Policies[i].write(w)
-				}
-			}); err != nil {
-				return err
-			}
-			if bad > 0 {
-				return fmt.Errorf("%d of %d release policies are not valid: %w", bad, len(args), errs.Invalid)
-			}
-			return nil
+				d.Name, d.Product = p.Name, p.Product
+				d.about = fmt.Sprintf("release policy %s, for %s", p.Name, p.Product)
+				d.Warnings = append(d.Warnings, lintRelease(p)...)
+				return nil
+			})
 		},
-	}
-}
-
-func (r *checkedRelease) write(w io.Writer) {
-	for _, p := range r.Problems {
-		fmt.Fprint(w, r.File)
-		if p.Line > 0 {
-			fmt.Fprintf(w, ":%d:%d", p.Line, p.Column)
-		}
-		if p.Path != "" {
-			fmt.Fprintf(w, ": %s", p.Path)
-		}
-		fmt.Fprintf(w, ": %s\n", p.Text)
-		if p.Fix != "" {
-			fmt.Fprintf(w, "  fix: %s\n", p.Fix)
-		}
-	}
-	if r.OK {
-		fmt.Fprintf(w, "%s: release policy %s, for %s, is valid\n", r.File, r.Name, r.Product)
-	}
-	for _, x := range r.Warnings {
-		fmt.Fprintf(w, "  warning: %s\n", x)
 	}
 }
 

@@ -113,7 +113,7 @@ func (e *env) fail(err error) int {
 			first := *problems
 			first.Problems, first.More = problems.Problems[:1], 0
 			if n := len(problems.Problems) + problems.More - 1; n > 0 {
-				err = hint(&first, "and %d more: ringwall policy check lists them", n)
+				err = hint(&first, "and %d more; ringwall policy check and gate policy check list all of them", n)
 			}
 		}
 		msg := strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), "; ")

@@ -15,7 +15,6 @@ import (
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
-	"ringwall/internal/strictyaml"
 )
 
 func newPolicyCommand(e *env) *cobra.Command {
@@ -27,16 +26,6 @@ From nothing: policy init, policy check, policy simulate on the host, policy
 sign, host apply; in audit mode first, then in enforce mode.`,
 		newPolicyInitCommand(e), newPolicyLearnCommand(e), newPolicyCheckCommand(e), newPolicyShowCommand(e),
 		newPolicyExplainCommand(e), newPolicySimulateCommand(e), newPolicyDiffCommand(e), newPolicySignCommand(e), newPolicySchemaCommand(e), newPolicyBaselineCommand(e))
-}
-
-// checkedPolicy is the result of reading one policy document.
-type checkedPolicy struct {
-	File     string               `json:"file"`
-	OK       bool                 `json:"ok"`
-	Name     string               `json:"name,omitempty"`
-	Epoch    uint64               `json:"epoch,omitempty"`
-	Problems []strictyaml.Problem `json:"problems"`
-	Warnings []string             `json:"warnings"`
 }
 
 func newPolicyCheckCommand(e *env) *cobra.Command {
@@ -56,60 +45,17 @@ JSON: {"policies": [{"file", "ok", "name", "epoch", "problems": [{"line",
 			return nil
 		},
 		RunE: func(_ *cobra.Command, args []string) error {
-			out := struct {
-				Policies []checkedPolicy `json:"policies"`
-			}{}
-			bad := 0
-			for _, f := range args {
-				r := checkedPolicy{File: f, Problems: []strictyaml.Problem{}, Warnings: []string{}}
-				p, err := loadPolicy(f)
-				var problems *strictyaml.Error
-				switch {
-				case errors.As(err, &problems):
-					bad++
-					r.Problems = problems.Problems
-				case err != nil:
+			return checkDocuments(e, "policies", args, func(d *checkedDocument) error {
+				p, err := loadPolicy(d.File)
+				if err != nil {
 					return err
-				default:
-					r.OK, r.Name, r.Epoch = true, p.Name, p.Epoch
-					r.Warnings = append(r.Warnings, lint(p, e.now())...)
 				}
-				out.Policies = append(out.Policies, r)
-			}
-			if err := e.emit(out, func(w io.Writer) {
-				for i := range out.Policies {
-					out.Policies[i].write(w)
-				}
-			}); err != nil {
-				return err
-			}
-			if bad > 0 {
-				return fmt.Errorf("%d of %d policies are not valid: %w", bad, len(args), errs.Invalid)
-			}
-			return nil
+				d.Name, d.Epoch = p.Name, p.Epoch
+				d.about = fmt.Sprintf("policy %s, epoch %d", p.Name, p.Epoch)
+				d.Warnings = append(d.Warnings, lint(p, e.now())...)
+				return nil
+			})
 		},
-	}
-}
-
-func (r *checkedPolicy) write(w io.Writer) {
-	for _, p := range r.Problems {
-		fmt.Fprint(w, r.File)
-		if p.Line > 0 {
-			fmt.Fprintf(w, ":%d:%d", p.Line, p.Column)
-		}
-		if p.Path != "" {
-			fmt.Fprintf(w, ": %s", p.Path)
-		}
-		fmt.Fprintf(w, ": %s\n", p.Text)
-		if p.Fix != "" {
-			fmt.Fprintf(w, "  fix: %s\n", p.Fix)
-		}
-	}
-	if r.OK {
-		fmt.Fprintf(w, "%s: policy %s, epoch %d, is valid\n", r.File, r.Name, r.Epoch)
-	}
-	for _, x := range r.Warnings {
-		fmt.Fprintf(w, "  warning: %s\n", x)
 	}
 }
 

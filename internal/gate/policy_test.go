@@ -115,7 +115,7 @@ func TestSchema(t *testing.T) {
 		{"kind: scan", "kind: scam"},
 		{"kind: scan", "kind: scan, builders: [x]"},
 		{"max_age: 24h", "max_age: 1y"},
-		{", properties: [RINGWALL_CSV_PASS]", ""},
+		{", properties: [RINGWALL_CSV_PASSED]", ""},
 		{"medium: 1", "mediun: 1"},
 	} {
 		if check(strings.Replace(good, edit[0], edit[1], 1)) == nil {

@@ -84,7 +84,7 @@ const allGates = `  - {name: unit, kind: test, attesters: [ci], at_least: 2, max
   - {name: sast, kind: scan, attesters: [ci], at_most: {warning: 1, note: any}}
   - {name: vulns, kind: vulns, attesters: [ci], at_most: {medium: 1, low: any, none: any}, database_age: 48h, vex: [psirt]}
   - {name: built, kind: provenance, attesters: [ci], builders: ["https://ci.example/runner"], source: "git+https://git.example/edged"}
-  - {name: csv, kind: verification, attesters: [ci], properties: [RINGWALL_CSV_PASS]}
+  - {name: csv, kind: verification, attesters: [ci], properties: [RINGWALL_CSV_PASSED]}
   - {name: surface, kind: surface, attesters: [ci], reviewers: 1}
   - {name: licences, kind: custom, attesters: [ci], type: "https://licences.example/v1", require: {summary.result: pass}}`
 
@@ -133,7 +133,7 @@ const (
 	goodScan    = `{"tool":{"name":"vet"},"counts":{"error":0,"warning":1,"note":7}}`
 	goodVulns   = `{"scanner":{"uri":"pkg:x/scan","db":{"lastUpdate":"2031-05-01T00:00:00Z"},"result":[{"id":"CVE-1","severity":[{"method":"nvd","score":"low"}]}]},"metadata":{"scanStartedOn":"2031-05-01T11:00:00Z","scanFinishedOn":"2031-05-01T11:30:00Z"}}`
 	goodBuilt   = `{"buildDefinition":{"buildType":"https://ci.example/t","externalParameters":{},"resolvedDependencies":[{"uri":"git+https://git.example/edged","digest":{"gitCommit":"` + commit + `"}},{"uri":"git+https://git.example/lib","digest":{"gitCommit":"` + another + `"}}]},"runDetails":{"builder":{"id":"https://ci.example/runner"}}}`
-	goodCSV     = `{"verifier":{"id":"urn:ringwall:csv:v1"},"timeCreated":"2031-05-01T11:59:00Z","properties":["RINGWALL_CSV_PASS"]}`
+	goodCSV     = `{"verifier":{"id":"urn:ringwall:csv:v1"},"timeCreated":"2031-05-01T11:59:00Z","properties":["RINGWALL_CSV_PASSED"]}`
 	goodSurface = `{"new":["listens tcp/8443"],"approved":[{"item":"listens tcp/8443","by":{"name":"Ann"}}]}`
 	goodCustom  = `{"summary":{"result":"pass"}}`
 
