@@ -201,14 +201,14 @@ func TestEKCertificate_swtpm(t *testing.T) {
 	setup := write("setup.conf", "create_certs_tool = /usr/bin/swtpm_localca\ncreate_certs_tool_config = "+local+"\ncreate_certs_tool_options = "+options+"\nactive_pcr_banks = sha256\n")
 	c := startChip(t)
 	c.powerOff()
-	state, err := filepath.Glob(filepath.Join(c.dir, "*"))
+	state, err := filepath.Glob(filepath.Join(c.Dir, "*"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, f := range state {
 		_ = os.Remove(f)
 	}
-	out, err := exec.Command("swtpm_setup", "--tpm2", "--tpmstate", c.dir, "--create-ek-cert", "--lock-nvram", "--config", setup, "--pcr-banks", "sha256").CombinedOutput()
+	out, err := exec.Command("swtpm_setup", "--tpm2", "--tpmstate", c.Dir, "--create-ek-cert", "--lock-nvram", "--config", setup, "--pcr-banks", "sha256").CombinedOutput()
 	if err != nil {
 		t.Fatalf("swtpm_setup: %v: %s", err, out)
 	}

@@ -8,76 +8,52 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"math/big"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
+
+	"ringwall/internal/testkit"
 )
 
 // chip is a software TPM, and what a host does with it.
 type chip struct {
-	t    *testing.T
-	dir  string
-	path string
-	cmd  *exec.Cmd
-	tpm  transport.TPMCloser
+	*testkit.TPM
+	t   *testing.T
+	tpm transport.TPMCloser
 }
 
 func startChip(t *testing.T) *chip {
 	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		t.Skip("SKIP: no swtpm here")
-	}
-	dir, err := os.MkdirTemp("", "rwtpm") // a socket's path must be short
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &chip{t: t, dir: dir, path: filepath.Join(dir, "tpm")}
-	t.Cleanup(func() {
-		c.powerOff()
-		_ = os.RemoveAll(dir)
-	})
-	c.powerOn()
+	c := &chip{TPM: testkit.StartTPM(t), t: t}
+	t.Cleanup(c.powerOff)
+	c.connect()
 	return c
+}
+
+func (c *chip) connect() {
+	c.t.Helper()
+	tpm, err := linuxudstpm.Open(c.Path)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.tpm = tpm
 }
 
 func (c *chip) powerOn() {
 	c.t.Helper()
-	c.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+c.dir, "--server", "type=unixio,path="+c.path, "--flags", "not-need-init,startup-clear")
-	if err := c.cmd.Start(); err != nil {
-		c.t.Fatal(err)
-	}
-	for range 200 {
-		if conn, err := net.Dial("unix", c.path); err == nil {
-			_ = conn.Close()
-			tpm, err := linuxudstpm.Open(c.path)
-			if err != nil {
-				c.t.Fatal(err)
-			}
-			c.tpm = tpm
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	c.t.Fatal("swtpm does not start")
+	c.Start()
+	c.connect()
 }
 
 func (c *chip) powerOff() {
-	if c.cmd != nil {
-		if c.tpm != nil {
-			_ = c.tpm.Close()
-		}
-		_ = c.cmd.Process.Kill()
-		_ = c.cmd.Wait()
-		_ = os.Remove(c.path)
-		c.cmd = nil
+	if c.tpm != nil {
+		_ = c.tpm.Close()
+		c.tpm = nil
 	}
+	c.Stop()
 }
 
 // key is a loaded key.

@@ -4,81 +4,36 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/testkit"
 )
 
-// emulator is a software TPM with its state on the disk.
-type emulator struct {
-	t    *testing.T
-	dir  string
-	path string
-	cmd  *exec.Cmd
-}
+// emulator is a software TPM.
+type emulator struct{ *testkit.TPM }
 
-func startTPM(t *testing.T) *emulator {
+func startTPM(t *testing.T) emulator {
 	t.Helper()
-	if _, err := exec.LookPath("swtpm"); err != nil {
-		t.Skip("SKIP: no swtpm here")
-	}
-	dir, err := os.MkdirTemp("", "rwtpm") // a socket's path must be short
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := &emulator{t: t, dir: dir, path: filepath.Join(dir, "tpm")}
-	t.Cleanup(func() {
-		e.stop()
-		_ = os.RemoveAll(dir)
-	})
-	e.start()
-	return e
-}
-
-func (e *emulator) start() {
-	e.t.Helper()
-	_ = os.Remove(e.path)
-	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.dir, "--server", "type=unixio,path="+e.path, "--flags", "not-need-init,startup-clear") // ends with the test
-	if err := e.cmd.Start(); err != nil {
-		e.t.Fatal(err)
-	}
-	for range 200 {
-		if c, err := net.Dial("unix", e.path); err == nil { // it exists a while before anyone listens
-			_ = c.Close()
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	e.t.Fatal("swtpm does not start")
-}
-
-func (e *emulator) stop() {
-	if e.cmd != nil {
-		_ = e.cmd.Process.Kill()
-		_ = e.cmd.Wait()
-		_ = os.Remove(e.path)
-		e.cmd = nil
-	}
+	return emulator{testkit.StartTPM(t)}
 }
 
 // do is what root does to the TPM with its own tools.
-func (e *emulator) do(fn func(transport.TPM) error) error { return withTPM(e.path, fn) }
+func (e emulator) do(fn func(transport.TPM) error) error { return withTPM(e.Path, fn) }
 
 // floors runs a test with both kinds.
 func floors(t *testing.T, test func(t *testing.T, dir, tpm string)) {
 	t.Helper()
 	t.Run("local", func(t *testing.T) { test(t, t.TempDir(), NoTPM) })
-	t.Run("tpm", func(t *testing.T) { test(t, t.TempDir(), startTPM(t).path) })
+	t.Run("tpm", func(t *testing.T) { test(t, t.TempDir(), startTPM(t).Path) })
 }
 
 func wantFloor(t *testing.T, dir, tpm string, want uint64) {
@@ -232,7 +187,7 @@ func TestFloor_local(t *testing.T) {
 	}
 	// It does not become a floor with a TPM by being told of one.
 	tpm := startTPM(t)
-	if f, err = OpenFloor(dir, tpm.path); err != nil || !strings.Contains(f.Describe(), "there is a TPM") {
+	if f, err = OpenFloor(dir, tpm.Path); err != nil || !strings.Contains(f.Describe(), "there is a TPM") {
 		t.Errorf("%v", err)
 	}
 }
@@ -251,7 +206,7 @@ func copyFloor(t *testing.T, from, to string) {
 func TestFloor_rollback(t *testing.T) {
 	tpm := startTPM(t)
 	dir, old, older := t.TempDir(), t.TempDir(), t.TempDir()
-	f, err := InitFloor(dir, tpm.path, nil)
+	f, err := InitFloor(dir, tpm.Path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,20 +218,20 @@ func TestFloor_rollback(t *testing.T) {
 	if err := f.Raise(4); err != nil {
 		t.Fatal(err)
 	}
-	tpm.stop()
-	tpm.start() // a reboot
-	wantFloor(t, dir, tpm.path, 4)
+	tpm.Stop()
+	tpm.Start() // a reboot
+	wantFloor(t, dir, tpm.Path, 4)
 	for _, d := range []string{old, older} {
-		refused(t, d, tpm.path, "an older copy")
+		refused(t, d, tpm.Path, "an older copy")
 	}
 
 	// Without the TPM, with none to be used, and with another.
-	tpm.stop()
-	refused(t, dir, tpm.path, "the TPM is gone")
+	tpm.Stop()
+	refused(t, dir, tpm.Path, "the TPM is gone")
 	refused(t, dir, NoTPM, "told to use none")
-	refused(t, dir, startTPM(t).path, "another TPM")
-	tpm.start()
-	wantFloor(t, dir, tpm.path, 4)
+	refused(t, dir, startTPM(t).Path, "another TPM")
+	tpm.Start()
+	wantFloor(t, dir, tpm.Path, 4)
 
 	// A floor without a TPM, put in place of this one.
 	local := t.TempDir()
@@ -299,7 +254,7 @@ func TestFloor_rollback(t *testing.T) {
 func TestFloor_rootWithOwner(t *testing.T) {
 	tpm := startTPM(t)
 	dir, old := t.TempDir(), t.TempDir()
-	f, err := InitFloor(dir, tpm.path, nil)
+	f, err := InitFloor(dir, tpm.Path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -335,18 +290,18 @@ func TestFloor_rootWithOwner(t *testing.T) {
 			t.Errorf("written with %s", what)
 		}
 	}
-	wantFloor(t, dir, tpm.path, 9) // and no lockout either
+	wantFloor(t, dir, tpm.Path, 9) // and no lockout either
 
 	// Removal shows, and so does every counter that is put in its place.
-	if err := undefineCounter(tpm.path, nil); err != nil {
+	if err := undefineCounter(tpm.Path, nil); err != nil {
 		t.Fatal(err)
 	}
-	refused(t, dir, tpm.path, "the counter was removed")
-	if _, err := defineCounter(tpm.path, nil, []byte("another key")); err != nil {
+	refused(t, dir, tpm.Path, "the counter was removed")
+	if _, err := defineCounter(tpm.Path, nil, []byte("another key")); err != nil {
 		t.Fatal(err)
 	}
-	refused(t, dir, tpm.path, "another counter was put there")
-	if err := undefineCounter(tpm.path, nil); err != nil {
+	refused(t, dir, tpm.Path, "another counter was put there")
+	if err := undefineCounter(tpm.Path, nil); err != nil {
 		t.Fatal(err)
 	}
 	// Even one who knows the key cannot have the counter that an old file needs.
@@ -354,12 +309,12 @@ func TestFloor_rootWithOwner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, err := defineCounter(tpm.path, nil, key); err != nil || n < 2 {
+	if n, err := defineCounter(tpm.Path, nil, key); err != nil || n < 2 {
 		t.Fatalf("a new counter starts at %d, %v", n, err)
 	}
-	refused(t, old, tpm.path, "an old file and a new counter")
-	refused(t, dir, tpm.path, "the file and a new counter")
-	if _, err := InitFloor(t.TempDir(), tpm.path, nil); !errors.Is(err, errs.Conflict) {
+	refused(t, old, tpm.Path, "an old file and a new counter")
+	refused(t, dir, tpm.Path, "the file and a new counter")
+	if _, err := InitFloor(t.TempDir(), tpm.Path, nil); !errors.Is(err, errs.Conflict) {
 		t.Errorf("first start over a counter: %v", err)
 	}
 }
@@ -375,32 +330,32 @@ func TestFloor_ownerPassword(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	if _, err := InitFloor(dir, tpm.path, nil); !errors.Is(err, errs.Denied) {
+	if _, err := InitFloor(dir, tpm.Path, nil); !errors.Is(err, errs.Denied) {
 		t.Errorf("without the password: %v", err)
 	}
-	if f, err := InitFloor(dir, tpm.path, secret); err != nil { // the failure left nothing behind
+	if f, err := InitFloor(dir, tpm.Path, secret); err != nil { // the failure left nothing behind
 		t.Fatal(err)
 	} else if err := f.Raise(2); err != nil {
 		t.Error(err)
 	}
-	wantFloor(t, dir, tpm.path, 2)
-	if err := undefineCounter(tpm.path, nil); !errors.Is(err, errs.Denied) {
+	wantFloor(t, dir, tpm.Path, 2)
+	if err := undefineCounter(tpm.Path, nil); !errors.Is(err, errs.Denied) {
 		t.Errorf("removed without the password: %v", err)
 	}
-	if err := ResetFloor(dir, tpm.path, nil); !errors.Is(err, errs.Denied) {
+	if err := ResetFloor(dir, tpm.Path, nil); !errors.Is(err, errs.Denied) {
 		t.Errorf("reset without the password: %v", err)
 	}
-	wantFloor(t, dir, tpm.path, 2)
+	wantFloor(t, dir, tpm.Path, 2)
 }
 
 // TestFloor_crash ends a Raise between the file and the TPM.
 func TestFloor_crash(t *testing.T) {
 	tpm := startTPM(t)
 	dir := t.TempDir()
-	if _, err := InitFloor(dir, tpm.path, nil); err != nil {
+	if _, err := InitFloor(dir, tpm.Path, nil); err != nil {
 		t.Fatal(err)
 	}
-	f := &fileFloor{dir: dir, tpm: tpm.path}
+	f := &fileFloor{dir: dir, tpm: tpm.Path}
 	key, st, err := f.read()
 	if err != nil {
 		t.Fatal(err)
@@ -414,24 +369,24 @@ func TestFloor_crash(t *testing.T) {
 		}
 	}
 	ahead(2)
-	refused(t, dir, tpm.path, "a file from the future")
+	refused(t, dir, tpm.Path, "a file from the future")
 	ahead(1)
-	wantFloor(t, dir, tpm.path, 6)
-	if n, err := readCounter(tpm.path, key); err != nil || n != st.Counter+1 {
+	wantFloor(t, dir, tpm.Path, 6)
+	if n, err := readCounter(tpm.Path, key); err != nil || n != st.Counter+1 {
 		t.Errorf("counter %d, %v", n, err)
 	}
 	if err := f.Raise(7); err != nil {
 		t.Fatal(err)
 	}
-	wantFloor(t, dir, tpm.path, 7)
+	wantFloor(t, dir, tpm.Path, 7)
 
 	// A first start that ended before its last step is not one that may be
 	// repeated without a word.
 	if err := os.Remove(filepath.Join(dir, floorFile)); err != nil {
 		t.Fatal(err)
 	}
-	refused(t, dir, tpm.path, "half a first start")
-	if _, err := InitFloor(dir, tpm.path, nil); !errors.Is(err, errs.Conflict) {
+	refused(t, dir, tpm.Path, "half a first start")
+	if _, err := InitFloor(dir, tpm.Path, nil); !errors.Is(err, errs.Conflict) {
 		t.Errorf("%v", err)
 	}
 }
