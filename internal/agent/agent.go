@@ -405,6 +405,7 @@ func (a *Agent) begin(ctx context.Context) error {
 		return err
 	}
 	a.clock.atLeast(l.signed.SignedAt)
+	a.clock.tick() // now: a file that was damaged is whole before the next boot, however soon that is
 	a.tellDamage()
 	a.tellEarly()
 	if err := a.state.sweep(); err != nil {
