@@ -247,15 +247,14 @@ func (a *api) put(w http.ResponseWriter, r *http.Request, by control.Actor) erro
 	if in.ID != nil && !in.ID.Equal(id) {
 		return fmt.Errorf("the document says that it is %s: %w", in.ID, errs.Invalid)
 	}
-	_, err = a.door.Get(r.Context(), by, id)
-	status := http.StatusOK
-	if errors.Is(err, errs.NotFound) {
-		status = http.StatusCreated
-	}
 	doc := resource.Document{ID: id, Location: in.Location, Tags: in.Tags, Properties: in.Properties}
 	d, err := a.door.Put(r.Context(), by, doc, when, dryRun(r))
 	if err != nil {
 		return err
+	}
+	status := http.StatusOK
+	if d.Created() {
+		status = http.StatusCreated
 	}
 	return writeDocument(w, status, d)
 }

@@ -43,6 +43,9 @@ const (
 // ETag names the state of a document, for If-Match.
 func (d *Document) ETag() string { return strconv.Quote(strconv.FormatUint(d.Revision, 16)) }
 
+// Created reports whether the last write made the document, and did not change one.
+func (d *Document) Created() bool { return d.System.ModifiedAt.Equal(d.System.CreatedAt) }
+
 // ParseETag reads what ETag returned.
 func ParseETag(s string) (revision uint64, err error) {
 	hex, ok := strings.CutPrefix(s, `"`)
