@@ -112,15 +112,10 @@ func (c *roleCache) untouched(ctx context.Context, tx Tx) (bool, error) {
 }
 
 func readRoles(ctx context.Context, tx Tx) (*rbac.Access, error) {
-	roles := rbac.BuiltIn()
+	roles, err := definedRoles(ctx, tx)
 	var assignments []rbac.Assignment
 	var denies []rbac.Deny
-	err := errors.Join(
-		each(ctx, tx, kindRoleDefinition, func(d *resource.Document) error {
-			r, err := roleOf(d)
-			roles = append(roles, r)
-			return err
-		}),
+	err = errors.Join(err,
 		each(ctx, tx, kindRoleAssignment, func(d *resource.Document) error {
 			a, err := assignmentOf(d)
 			assignments = append(assignments, a)
@@ -137,6 +132,17 @@ func readRoles(ctx context.Context, tx Tx) (*rbac.Access, error) {
 	}
 	assignments = append(usable(roles, assignments), rbac.Assignment{ID: "break-glass", Role: rbac.Owner, Principal: BreakGlass})
 	return rbac.New(roles, assignments, denies, nil)
+}
+
+// definedRoles are the built-in roles and those that people made.
+func definedRoles(ctx context.Context, tx Tx) ([]*rbac.Role, error) {
+	roles := rbac.BuiltIn()
+	err := each(ctx, tx, kindRoleDefinition, func(d *resource.Document) error {
+		r, err := roleOf(d)
+		roles = append(roles, r)
+		return err
+	})
+	return roles, err
 }
 
 // BreakGlass is the object id of the local administrator, who is made at the
@@ -255,12 +261,7 @@ func checkAssignment(ctx context.Context, tx Tx, _, d *resource.Document) error 
 	if err != nil {
 		return err
 	}
-	roles := rbac.BuiltIn()
-	err = each(ctx, tx, kindRoleDefinition, func(d *resource.Document) error {
-		r, err := roleOf(d)
-		roles = append(roles, r)
-		return err
-	})
+	roles, err := definedRoles(ctx, tx)
 	if err != nil {
 		return err
 	}
