@@ -53,22 +53,17 @@ func (e *evaluation) finish() {
 	})
 }
 
-// attester returns the policy's name for who signed, or "".
-func (p *Policy) attester(v *Evidence) string {
-	for _, a := range p.Attesters {
-		if a.Authority == v.CA && (a.Identity != "" && a.Identity == v.Identity || !a.Key.IsZero() && a.Key == v.Key) {
-			return a.Name
-		}
-	}
-	return ""
+// signed reports whether the evidence is the attester's.
+func (a *Attester) signed(v *Evidence) bool {
+	return a.Authority == v.CA && (a.Identity != "" && a.Identity == v.Identity || !a.Key.IsZero() && a.Key == v.Key)
 }
 
-// known is attester's every answer: an identity and its key can have two names.
+// known returns the policy's names for who signed: an identity and its key can
+// have two.
 func (p *Policy) known(v *Evidence) []string {
 	var out []string
-	for _, a := range p.Attesters {
-		q := Policy{Attesters: []Attester{a}}
-		if q.attester(v) != "" {
+	for i := range p.Attesters {
+		if a := &p.Attesters[i]; a.signed(v) {
 			out = append(out, a.Name)
 		}
 	}
