@@ -30,10 +30,15 @@ so az rest, Azure's roles and its policies apply. Log in first: ringwall login.`
 		newResourceGetCommand(e), newResourceListCommand(e), newResourcePutCommand(e), newResourceDeleteCommand(e), newResourceWatchCommand(e))
 }
 
-// checkedID refuses an id before it travels, with what is wrong with it.
-func checkedID(s string) (string, error) {
+// connectFor is the client and the path of a document. An id that is none is
+// refused before it travels, with what is wrong with it.
+func connectFor(e *env, s string) (*api.Client, string, error) {
 	id, err := resource.ParseID(s)
-	return (&url.URL{Path: id.String()}).EscapedPath(), err
+	if err != nil {
+		return nil, "", err
+	}
+	client, err := connect(e)
+	return client, (&url.URL{Path: id.String()}).EscapedPath(), err
 }
 
 func newResourceGetCommand(e *env) *cobra.Command {
@@ -44,11 +49,7 @@ func newResourceGetCommand(e *env) *cobra.Command {
 		Example: "  ringwall resource get /subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590/resourceGroups/web",
 		Args:    exactly("ID"),
 		RunE: func(c *cobra.Command, args []string) error {
-			path, err := checkedID(args[0])
-			if err != nil {
-				return err
-			}
-			client, err := connect(e)
+			client, path, err := connectFor(e, args[0])
 			if err != nil {
 				return err
 			}
@@ -121,15 +122,11 @@ changed meanwhile; with --dry-run all is checked and nothing is stored.`,
   ringwall resource put ID --file doc.json --if-match '"1f"'`,
 		Args: exactly("ID"),
 		RunE: func(c *cobra.Command, args []string) error {
-			path, err := checkedID(args[0])
+			client, path, err := connectFor(e, args[0])
 			if err != nil {
 				return err
 			}
 			body, err := readInputFile(e, file, resource.MaxProperties)
-			if err != nil {
-				return err
-			}
-			client, err := connect(e)
 			if err != nil {
 				return err
 			}
@@ -178,11 +175,7 @@ func newResourceDeleteCommand(e *env) *cobra.Command {
 		Example: "  ringwall resource delete /subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590/resourceGroups/web",
 		Args:    exactly("ID"),
 		RunE: func(c *cobra.Command, args []string) error {
-			path, err := checkedID(args[0])
-			if err != nil {
-				return err
-			}
-			client, err := connect(e)
+			client, path, err := connectFor(e, args[0])
 			if err != nil {
 				return err
 			}
