@@ -242,15 +242,21 @@ func parseEvent(c *cursor, index int, sizes []algSize) (RawEvent, error) {
 		e.digests[e.count] = taggedDigest{alg, c.bytes(uint64(size))}
 		e.count++
 	}
+	err = e.readData(c, index)
+	return e, err
+}
+
+// readData reads what both forms of an event end with.
+func (e *RawEvent) readData(c *cursor, index int) error {
 	size := c.u32()
 	if size > maxEventData {
-		return e, tooLarge("event %d: %d bytes of data (at most %d)", index, size, maxEventData)
+		return tooLarge("event %d: %d bytes of data (at most %d)", index, size, maxEventData)
 	}
 	e.Data = c.bytes(uint64(size))
 	if c.short {
-		return e, malformed("event %d: the log ends within it", index)
+		return malformed("event %d: the log ends within it", index)
 	}
-	return e, nil
+	return nil
 }
 
 // parseLegacyEvent reads a TCG_PCClientPCREvent.
@@ -260,15 +266,8 @@ func parseLegacyEvent(c *cursor, index int) (RawEvent, error) {
 		return e, err
 	}
 	e.digests[0], e.count = taggedDigest{SHA1, c.bytes(SHA1Size)}, 1
-	size := c.u32()
-	if size > maxEventData {
-		return e, tooLarge("event %d: %d bytes of data (at most %d)", index, size, maxEventData)
-	}
-	e.Data = c.bytes(uint64(size))
-	if c.short {
-		return e, malformed("event %d: the log ends within it", index)
-	}
-	return e, nil
+	err = e.readData(c, index)
+	return e, err
 }
 
 func parseLegacyLog(b []byte) (*Log, error) {
