@@ -141,34 +141,10 @@ func judge(c *integrity.Compiled, key integrity.Key, k integrity.Kind, now time.
 	o := c.Object(k, key)
 	v := c.Evaluate(&o, now)
 	out := verdict{
-		Kind: k.String(), Digest: keyText(key), Allow: v.Allow, Mode: v.Mode.String(), Effect: effect(v.Allow, v.Mode.String()), Rule: v.Rule,
+		Kind: k.String(), Digest: key.String(), Allow: v.Allow, Mode: v.Mode.String(), Effect: effect(v.Allow, v.Mode.String()), Rule: v.Rule,
 		Indicator: indicatorJSON{v.Indicator.Type, v.Indicator.Value}, Reason: v.Reason, Roles: roleNames(v.Roles), Interpreter: v.Interpreter,
 	}
 	return out, o
-}
-
-// keyText spells a digest as events do.
-func keyText(k integrity.Key) string {
-	switch k.Space {
-	case integrity.SpaceFSVerity:
-		return "fsverity:" + k.Digest.String()
-	case integrity.SpaceDMVerity:
-		return "dmverity:" + k.Digest.String()
-	}
-	return "sha256:" + k.Digest.String()
-}
-
-// parseKey is the inverse of keyText.
-func parseKey(s string) (integrity.Key, error) {
-	k := integrity.Key{Space: integrity.SpaceSHA256}
-	if rest, ok := strings.CutPrefix(s, "fsverity:"); ok {
-		s, k.Space = rest, integrity.SpaceFSVerity
-	} else if rest, ok := strings.CutPrefix(s, "dmverity:"); ok {
-		s, k.Space = rest, integrity.SpaceDMVerity
-	}
-	var err error
-	k.Digest, err = integrity.ParseDigest(s)
-	return k, err
 }
 
 func roleNames(r integrity.Role) []string {
@@ -207,7 +183,7 @@ func askAgent(ctx context.Context, client *agent.Client) asker {
 			return answer{}, err
 		}
 		out := answer{vouched: got.Vouched, verdict: verdict{
-			Kind: k.String(), Digest: keyText(integrity.Key{Digest: d}), Allow: got.Allow, Mode: got.Mode,
+			Kind: k.String(), Digest: integrity.Key{Digest: d}.String(), Allow: got.Allow, Mode: got.Mode,
 			Effect: effect(got.Allow, got.Mode), Rule: got.Rule, Reason: got.Reason, Roles: []string{},
 		}}
 		out.Indicator.Type, out.Indicator.Value, _ = strings.Cut(got.Indicator, " ")

@@ -400,7 +400,7 @@ func (l *learning) events(file string) error {
 			return nil
 		}
 		kind, err := integrity.ParseKind(r.Kind)
-		key, err2 := parseKey(r.Digest)
+		key, err2 := integrity.ParseKey(r.Digest)
 		if err != nil || err2 != nil || key.Space != integrity.SpaceSHA256 || l.packaged(r.Path) {
 			return nil // what its package authorises needs no digest
 		}

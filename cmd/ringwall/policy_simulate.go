@@ -163,7 +163,7 @@ func (s *simulation) replay(e *env, c *integrity.Compiled, file string, now time
 	err := readEventLines(e, file, func(r *recorded) error {
 		n := max(r.Count, 1)
 		k, err := integrity.ParseKind(r.Kind)
-		key, err2 := parseKey(r.Digest)
+		key, err2 := integrity.ParseKey(r.Digest)
 		if err != nil || err2 != nil {
 			// Memory, ptrace, notices and gaps are not about a content.
 			s.Skipped[cmp.Or(r.Reason, r.Type, "unknown")] += n

@@ -115,7 +115,7 @@ func (u *Uses) ReadEvents(r io.Reader) error {
 			return fmt.Errorf("events: line %d: %w: %w", n, err, errs.Invalid)
 		}
 		kind, err := integrity.ParseKind(e.Kind)
-		key, err2 := parseKey(e.Digest)
+		key, err2 := integrity.ParseKey(e.Digest)
 		if err != nil || err2 != nil {
 			// Memory, ptrace, notices and gaps are not about a content.
 			u.Skipped[cmp.Or(e.Reason, e.Type, "unknown")] += max(e.Count, 1)
@@ -132,19 +132,6 @@ func (u *Uses) ReadEvents(r io.Reader) error {
 		return fmt.Errorf("events: %w", err)
 	}
 	return nil
-}
-
-// parseKey reads a digest as events spell it.
-func parseKey(s string) (integrity.Key, error) {
-	k := integrity.Key{Space: integrity.SpaceSHA256}
-	if rest, ok := strings.CutPrefix(s, "fsverity:"); ok {
-		s, k.Space = rest, integrity.SpaceFSVerity
-	} else if rest, ok := strings.CutPrefix(s, "dmverity:"); ok {
-		s, k.Space = rest, integrity.SpaceDMVerity
-	}
-	var err error
-	k.Digest, err = integrity.ParseDigest(s)
-	return k, err
 }
 
 // Flip is a use that two policies decide differently.
@@ -185,7 +172,7 @@ func (u *Uses) Compare(before, after *integrity.Compiled, now time.Time) *Change
 			continue
 		}
 		f := Flip{
-			Kind: x.Kind.String(), Digest: keyText(x.Key), Paths: x.Paths, Count: x.Count, Hosts: x.Hosts,
+			Kind: x.Kind.String(), Digest: x.Key.String(), Paths: x.Paths, Count: x.Count, Hosts: x.Hosts,
 			OldRule: a.Rule, NewRule: b.Rule, Reason: b.Reason, Effect: "runs",
 		}
 		if f.Paths == nil {
@@ -220,14 +207,4 @@ func judgeUse(c *integrity.Compiled, x Use, now time.Time) integrity.Verdict {
 		v.Allow = true // it runs
 	}
 	return v
-}
-
-func keyText(k integrity.Key) string {
-	switch k.Space {
-	case integrity.SpaceFSVerity:
-		return "fsverity:" + k.Digest.String()
-	case integrity.SpaceDMVerity:
-		return "dmverity:" + k.Digest.String()
-	}
-	return "sha256:" + k.Digest.String()
 }

@@ -1,5 +1,7 @@
 package integrity
 
+import "strings"
+
 // Table is a policy compiled for one host: what the kernel programs look at.
 // It is derived data; Evaluate stays the definition of every decision, and a
 // test compares the two.
@@ -19,6 +21,30 @@ const MaxInterpreters = 63
 type Key struct {
 	Space  Space
 	Digest Digest
+}
+
+// String spells a key as events do: its space, a colon, hex digits.
+func (k Key) String() string {
+	switch k.Space {
+	case SpaceFSVerity:
+		return "fsverity:" + k.Digest.String()
+	case SpaceDMVerity:
+		return "dmverity:" + k.Digest.String()
+	}
+	return "sha256:" + k.Digest.String()
+}
+
+// ParseKey is the inverse of Key.String. Hex digits alone are a SHA-256.
+func ParseKey(s string) (Key, error) {
+	k := Key{Space: SpaceSHA256}
+	if rest, ok := strings.CutPrefix(s, "fsverity:"); ok {
+		s, k.Space = rest, SpaceFSVerity
+	} else if rest, ok := strings.CutPrefix(s, "dmverity:"); ok {
+		s, k.Space = rest, SpaceDMVerity
+	}
+	var err error
+	k.Digest, err = ParseDigest(s)
+	return k, err
 }
 
 // Entry says what content may be used as, and what a process that executes it
