@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -120,14 +118,12 @@ func readEventPath(e *env, uses *csv.Uses, path string) error {
 	if path == "-" {
 		return uses.ReadEvents(e.stdin)
 	}
-	files := []string{path}
-	if st, err := os.Stat(path); err != nil {
+	files, err := filesOf(path, ".jsonl")
+	if err != nil {
 		return fmt.Errorf("events: %w", err)
-	} else if st.IsDir() {
-		if files, err = filepath.Glob(filepath.Join(globQuote(path), "*.jsonl")); err != nil || len(files) == 0 {
-			return fmt.Errorf("events of %s: no file ends in .jsonl: %w", path, errs.NotFound)
-		}
-		slices.Sort(files)
+	}
+	if len(files) == 0 {
+		return fmt.Errorf("events of %s: no file ends in .jsonl: %w", path, errs.NotFound)
 	}
 	for _, name := range files {
 		f, err := os.Open(name)

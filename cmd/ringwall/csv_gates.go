@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -100,16 +99,11 @@ func asksForCSV(p *gate.Policy, name string) bool {
 func evidenceFiles(paths []string) ([]string, error) {
 	var out []string
 	for _, p := range paths {
-		st, err := os.Stat(p)
+		found, err := filesOf(p, ".json")
 		if err != nil {
 			return nil, fmt.Errorf("evidence: %w", err)
 		}
-		if !st.IsDir() {
-			out = append(out, p)
-			continue
-		}
-		found, err := filepath.Glob(filepath.Join(globQuote(p), "*.json"))
-		if err != nil || len(found) == 0 {
+		if len(found) == 0 {
 			return nil, fmt.Errorf("evidence of %s: no file ends in .json: %w", p, errs.NotFound)
 		}
 		out = append(out, found...)

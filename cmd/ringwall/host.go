@@ -143,12 +143,7 @@ func readAnchor(path string) (agent.Anchor, error) {
 func readReleases(paths []string) ([]agent.ReleaseRequest, error) {
 	var out []agent.ReleaseRequest
 	for _, p := range paths {
-		files := []string{p}
-		if st, err := os.Stat(p); err == nil && st.IsDir() {
-			if files, err = filepath.Glob(filepath.Join(globQuote(p), "*"+extRelease)); err != nil {
-				return nil, fmt.Errorf("releases of %s: %w", p, err)
-			}
-		}
+		files, _ := filesOf(p, extRelease) // reading says what is wrong with the path
 		for _, f := range files {
 			r, err := readRelease(f)
 			if err != nil {

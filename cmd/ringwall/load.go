@@ -91,14 +91,9 @@ func loadSources(paths []string, p *integrity.Policy) ([]integrity.Source, error
 	}
 	var out []integrity.Source
 	for _, path := range paths {
-		files := []string{path}
-		if st, err := os.Stat(path); err == nil && st.IsDir() {
-			if files, err = filepath.Glob(filepath.Join(globQuote(path), "*"+extRelease)); err != nil {
-				return nil, fmt.Errorf("releases of %s: %w", path, err)
-			}
-			if len(files) == 0 {
-				return nil, fmt.Errorf("releases of %s: no file ends in %s: %w", path, extRelease, errs.NotFound)
-			}
+		files, _ := filesOf(path, extRelease) // reading says what is wrong with the path
+		if len(files) == 0 {
+			return nil, fmt.Errorf("releases of %s: no file ends in %s: %w", path, extRelease, errs.NotFound)
 		}
 		for _, f := range files {
 			r, err := loadReleaseAs(f, verify)
@@ -115,9 +110,15 @@ func loadSources(paths []string, p *integrity.Policy) ([]integrity.Source, error
 	return out, nil
 }
 
-// globQuote keeps a directory's name from being a pattern.
-func globQuote(s string) string {
-	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(s)
+// filesOf returns the files in a directory whose names end so, sorted; any other
+// path stands for itself, with the error if it cannot be looked at.
+func filesOf(path, ending string) ([]string, error) {
+	st, err := os.Stat(path)
+	if err != nil || !st.IsDir() {
+		return []string{path}, err
+	}
+	quoted := strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(path)
+	return filepath.Glob(filepath.Join(quoted, "*"+ending))
 }
 
 // loadPolicy reads a policy as it is written. A signed one is not for this

@@ -117,12 +117,7 @@ func monitor(ctx context.Context, e *env, m *transparency.Monitor, known *transp
 func loadAsked(paths []string) (*transparency.Asked, error) {
 	known := &transparency.Asked{}
 	for _, p := range paths {
-		files := []string{p}
-		if st, err := os.Stat(p); err == nil && st.IsDir() {
-			if files, err = filepath.Glob(filepath.Join(globQuote(p), "*.json")); err != nil {
-				return nil, fmt.Errorf("asked %s: %w", p, err)
-			}
-		}
+		files, _ := filesOf(p, ".json") // reading says what is wrong with the path
 		for _, f := range files {
 			limit, add := int64(maxBundleFile), func(b []byte) error { return known.AddBundle(f, b) }
 			if strings.HasSuffix(f, ".jsonl") {

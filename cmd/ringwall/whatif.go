@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -78,16 +76,11 @@ func (q *whatIf) loadPackages(ctx context.Context, e *env, p *integrity.Policy) 
 	}
 	var files []string
 	for _, f := range q.packages {
-		st, err := os.Stat(f)
+		found, err := filesOf(f, ".deb")
 		if err != nil {
 			return nil, fmt.Errorf("package: %w", err)
 		}
-		if !st.IsDir() {
-			files = append(files, f)
-			continue
-		}
-		found, err := filepath.Glob(filepath.Join(globQuote(f), "*.deb"))
-		if err != nil || len(found) == 0 {
+		if len(found) == 0 {
 			return nil, fmt.Errorf("packages of %s: no file ends in .deb: %w", f, errs.NotFound)
 		}
 		files = append(files, found...)
