@@ -335,10 +335,10 @@ func skipZeros(src *io.SectionReader, at int64) (int64, error) {
 
 // readSegment reads one archive and says how many bytes of src it took.
 func readSegment(src *io.SectionReader, visit func(codesign.Member, io.Reader) error) (int64, error) {
-	in := &countReader{r: src}
+	in := codesign.NewInput(src)
 	b := bufio.NewReaderSize(in, 64<<10)
 	ahead := int64(0) // bytes that a decompressor took too many
-	used := func() int64 { return in.n - int64(b.Buffered()) - ahead }
+	used := func() int64 { return in.Count() - int64(b.Buffered()) - ahead }
 	head, err := b.Peek(6)
 	if err != nil {
 		return 0, fmt.Errorf("%d bytes after the last archive: %w", len(head), errs.Invalid)
@@ -380,7 +380,7 @@ func readSegment(src *io.SectionReader, visit func(codesign.Member, io.Reader) e
 		defer z.Close()
 		return src.Size(), readArchives(z, visit)
 	}
-	if err := readArchives(&bounded{r: d, in: in}, visit); err != nil {
+	if err := readArchives(in.Bound(d), visit); err != nil {
 		return 0, err
 	}
 	return used(), nil

@@ -151,7 +151,7 @@ func (e *erofsReader) each(img fs.FS, visit func(codesign.Member) error) (err er
 			}
 		case m.Mode.IsRegular():
 			m.Size = info.Size()
-			if e.claimed += m.Size; m.Size < 0 || e.claimed < 0 || e.claimed > maxExtract || e.claimed > ratioFree+maxRatio*e.src.Size() {
+			if e.claimed += m.Size; m.Size < 0 || e.claimed < 0 || e.claimed > maxExtract || e.claimed > codesign.RatioFree+codesign.MaxRatio*e.src.Size() {
 				return fmt.Errorf("%.200q: %d bytes are claimed: %w", p, m.Size, errs.Invalid)
 			}
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 )
 
@@ -140,7 +141,7 @@ func (p *puller) blob(d *ociDescriptor) error {
 		return err
 	}
 	p.seen[d.Digest] = true
-	if p.total += d.Size; d.Size < 0 || d.Size > maxTotal || p.total > maxTotal {
+	if p.total += d.Size; d.Size < 0 || d.Size > codesign.MaxTotal || p.total > codesign.MaxTotal {
 		return fmt.Errorf("%d bytes: %w", d.Size, errs.Invalid)
 	}
 	l, err := remote.Layer(p.repository.Digest(d.Digest), p.options...)

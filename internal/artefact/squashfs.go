@@ -361,7 +361,7 @@ func (s *squashfs) entry(ref uint64, p string) error {
 		return s.visit(m, nil)
 	}
 	m.Size = i.size
-	if s.claimed += i.size; s.claimed > ratioFree+maxRatio*s.src.Size() || s.claimed > maxTotal || s.claimed < 0 {
+	if s.claimed += i.size; s.claimed > codesign.RatioFree+codesign.MaxRatio*s.src.Size() || s.claimed > codesign.MaxTotal || s.claimed < 0 {
 		return fmt.Errorf("%.200q: %d bytes are claimed: %w", p, i.size, errs.Invalid)
 	}
 	if m.Caps, err = s.hasCaps(i.xattr); err != nil {

@@ -151,7 +151,7 @@ func (w *walk) count(m *codesign.Member) error {
 	switch {
 	case s.members > maxMembers:
 		return fmt.Errorf("more than %d members: %w", maxMembers, errs.Invalid)
-	case m.Size < 0 || s.out > maxTotal || s.out > nestedFree+nestedRatio*in && w.depth > 0:
+	case m.Size < 0 || s.out > codesign.MaxTotal || s.out > nestedFree+nestedRatio*in && w.depth > 0:
 		return fmt.Errorf("%q: archives in archives unpack to more than %d times the whole: %w", m.Path, nestedRatio, errs.Invalid)
 	case len(w.place) > maxPlace:
 		return fmt.Errorf("%.80q…: a path of more than %d bytes: %w", w.place, maxPlace, errs.Invalid)

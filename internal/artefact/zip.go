@@ -52,8 +52,8 @@ func zipWalk(src *io.SectionReader, visit func(codesign.Member, io.Reader) error
 		}
 		seen[m.Path] = true
 		// Entries may share their compressed bytes, so the sum counts.
-		if claimed += m.Size; claimed > maxTotal || claimed > ratioFree+maxRatio*src.Size() {
-			return fmt.Errorf("%.200q: unpacks to more than %d times the whole: %w", f.Name, maxRatio, errs.Invalid)
+		if claimed += m.Size; claimed > codesign.MaxTotal || claimed > codesign.RatioFree+codesign.MaxRatio*src.Size() {
+			return fmt.Errorf("%.200q: unpacks to more than %d times the whole: %w", f.Name, codesign.MaxRatio, errs.Invalid)
 		}
 		if err := zipContent(f, m, visit); err != nil {
 			return fmt.Errorf("%.200q: %w", f.Name, err)
@@ -82,7 +82,7 @@ func zipMember(src *zipInput, f *zip.File) (m codesign.Member, dir bool, err err
 			return m, false, fmt.Errorf("a directory with content: %w", errs.Invalid)
 		}
 		return m, true, nil
-	case p == "." || f.UncompressedSize64 > maxTotal:
+	case p == "." || f.UncompressedSize64 > codesign.MaxTotal:
 		return m, false, fmt.Errorf("unusable name or size: %w", errs.Invalid)
 	}
 	m = codesign.Member{Path: p, Mode: mode, Size: int64(f.UncompressedSize64), Alone: true}

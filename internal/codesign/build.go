@@ -125,7 +125,7 @@ func (b *builder) measure(m Member, r io.Reader) (content, error) {
 	if class.Compressed != "" {
 		// The kernel decompresses modules and firmware itself, so both the
 		// file and what is inside must be known.
-		counted := &countReader{r: io.TeeReader(io.MultiReader(bytes.NewReader(bytes.Clone(first)), r), b.hasher)}
+		counted := &Input{r: io.TeeReader(io.MultiReader(bytes.NewReader(bytes.Clone(first)), r), b.hasher)}
 		if c.inner, err = innerDigest(counted, class.Compressed); err != nil {
 			return content{}, err
 		}

@@ -158,7 +158,7 @@ func ParsePackages(r io.Reader, visit func(Package) error) error {
 // act on them until VerifyIndex returns nil.
 func VerifyIndex(r io.Reader, want IndexFile, consume func(io.Reader) error) error {
 	h := NewHasher()
-	c := &countReader{r: io.TeeReader(io.LimitReader(r, want.Size+1), h)}
+	c := &Input{r: io.TeeReader(io.LimitReader(r, want.Size+1), h)}
 	if err := consume(c); err != nil {
 		return fmt.Errorf("verify index: %w", err)
 	}

@@ -45,7 +45,7 @@ func Decompress(r io.Reader) (io.ReadCloser, error) {
 // decompress returns the content of r, whatever of the known formats it is in,
 // bounded in ratio and size.
 func decompress(r io.Reader) (*ratioReader, error) {
-	in := &countReader{r: r}
+	in := NewInput(r)
 	b := bufio.NewReaderSize(in, 64<<10)
 	head, err := b.Peek(6)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -76,13 +76,28 @@ func decompress(r io.Reader) (*ratioReader, error) {
 	return l, nil
 }
 
-type countReader struct {
+// Input counts what a decompressor takes, and keeps the error of reading it.
+type Input struct {
 	r   io.Reader
 	n   int64
 	err error // other than io.EOF
 }
 
-func (c *countReader) Read(p []byte) (int, error) {
+// NewInput returns an Input that reads from r.
+func NewInput(r io.Reader) *Input { return &Input{r: r} }
+
+// Count is the number of bytes taken so far.
+func (c *Input) Count() int64 { return c.n }
+
+// Bound returns what a decompressor makes of the input, and fails when too much
+// comes out for what went in. An error of the decompressor is errs.Invalid, one
+// of reading its input is itself.
+func (c *Input) Bound(decompressed io.Reader) io.ReadCloser {
+	return &ratioReader{r: decompressed, in: c}
+}
+
+// Read implements io.Reader.
+func (c *Input) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.n += int64(n)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -94,7 +109,7 @@ func (c *countReader) Read(p []byte) (int, error) {
 // ratioReader fails when too much comes out for what went in.
 type ratioReader struct {
 	r     io.Reader
-	in    *countReader
+	in    *Input
 	out   int64
 	plain bool
 	close func()
@@ -103,8 +118,8 @@ type ratioReader struct {
 func (l *ratioReader) Read(p []byte) (int, error) {
 	n, err := l.r.Read(p)
 	l.out += int64(n)
-	if l.out > maxTotal || (!l.plain && l.out > ratioFree+maxRatio*l.in.n) {
-		return 0, fmt.Errorf("decompresses to more than %d times its size: %w", maxRatio, errs.Invalid)
+	if l.out > MaxTotal || (!l.plain && l.out > RatioFree+MaxRatio*l.in.n) {
+		return 0, fmt.Errorf("decompresses to more than %d times its size: %w", MaxRatio, errs.Invalid)
 	}
 	return n, l.blame(err)
 }

@@ -40,11 +40,15 @@ type Source interface {
 // Bounds of what a Source reads, against archives made to exhaust.
 const (
 	maxMembers   = 4 << 20
-	maxTotal     = 256 << 30
-	maxRatio     = 250
-	ratioFree    = 64 << 20 // bytes that may come out before the ratio counts
 	maxLinkBytes = 4096
 	endMarker    = 1024 // two blocks of zeros end a tar archive
+)
+
+// Bounds of what comes out of compressed bytes.
+const (
+	MaxTotal  = 256 << 30 // bytes
+	MaxRatio  = 250
+	RatioFree = 64 << 20 // bytes that may come out before the ratio counts
 )
 
 // DirSource yields a directory tree. Symbolic links are recorded, not followed.
@@ -114,7 +118,7 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 		return err
 	}
 	defer d.Close()
-	pos := &countReader{r: d}
+	pos := &Input{r: d}
 	tr := tar.NewReader(pos)
 	seen := make(map[string]bool)
 	for {
@@ -149,7 +153,7 @@ func (s *tarSource) walk(visit func(Member, io.Reader) error) error {
 			continue
 		}
 		// Sparse files may claim any size for a few bytes.
-		if s.claimed += m.Size; m.Size > maxTotal || s.claimed > maxTotal || isSparse(h) && s.claimed > ratioFree+maxRatio*pos.n {
+		if s.claimed += m.Size; m.Size > MaxTotal || s.claimed > MaxTotal || isSparse(h) && s.claimed > RatioFree+MaxRatio*pos.n {
 			return fmt.Errorf("%q: %d bytes are claimed: %w", m.Path, m.Size, errs.Invalid)
 		}
 		if seen[m.Path] {
