@@ -98,7 +98,7 @@ func (g Guest) run(ctx context.Context) (Result, error) {
 	if err := writeInitramfs(ctx, initrd, g.Kernel, append(defaultModules, g.Modules...), c, g.Files); err != nil {
 		return Result{}, fmt.Errorf("initramfs: %w", err)
 	}
-	q := qemu{dir: tmp, kernel: g.Kernel, initrd: initrd, cmdline: g.Cmdline, disks: g.Disks, machine: g.Machine, nonce: c.Nonce, output: g.Output}
+	q := qemu{dir: tmp, kernel: g.Kernel, initrd: initrd, cmdline: g.Cmdline, disks: g.Disks, machine: g.Machine, bare: true, nonce: c.Nonce, output: g.Output}
 	return q.run(ctx)
 }
 

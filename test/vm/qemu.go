@@ -32,6 +32,7 @@ type qemu struct {
 	disks   []Disk
 	machine Machine
 	reboots int // how often the guest may restart
+	bare    bool // nothing of the caller's runs before the system is ready
 	nonce   string
 	output  io.Writer
 }
@@ -104,8 +105,29 @@ func haveKVM() bool {
 	return f.Close() == nil
 }
 
-// run starts the emulator and follows it to its end.
+// bootTries is how often a guest is started whose kernel panics before anything
+// of the caller's runs.
+const bootTries = 3
+
+// run starts the emulator and follows it to its end. On a busy host the emulator
+// sometimes breaks a kernel while that starts; nothing of ours has run by then,
+// so that another start hides no fault of what is tested.
 func (q *qemu) run(ctx context.Context) (Result, error) {
+	for try := 1; ; try++ {
+		r, err := q.once(ctx)
+		started := r.Boots > 0 && !(q.bare && r.Boot == 0)
+		if err == nil || started || try == bootTries || ctx.Err() != nil || !strings.Contains(r.Console, panicked) {
+			return r, err
+		}
+		_ = os.Remove(q.console()) // the next watcher must not read this one's
+		fmt.Fprintf(os.Stderr, "vm: STARTED AGAIN, since the kernel panicked before anything ran: %v\n", err)
+	}
+}
+
+// panicked begins the kernel's message.
+const panicked = "Kernel panic - not syncing"
+
+func (q *qemu) once(ctx context.Context) (Result, error) {
 	if _, err := exec.LookPath(qemuProgram); err != nil {
 		return Result{}, fmt.Errorf("%s is not installed: %w", qemuProgram, errs.Unsupported)
 	}
@@ -183,7 +205,7 @@ func (q *qemu) watch(ctx context.Context, stop context.CancelCauseFunc) {
 				_, _ = q.machine.Console.Write(b)
 			}
 			last = append(last, b...)
-			if bytes.Contains(last, []byte("Kernel panic - not syncing")) && !done {
+			if bytes.Contains(last, []byte(panicked)) && !done {
 				// The rest of the trace follows within this time.
 				time.Sleep(time.Second)
 				stop(errPanic)

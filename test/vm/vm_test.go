@@ -129,6 +129,19 @@ func TestRun_ends(t *testing.T) {
 			t.Errorf("error %v does not show the panic", err)
 		}
 	})
+	t.Run("panic before the first process", func(t *testing.T) {
+		g, _ := role(t, k, "report")
+		g.Cmdline = "rdinit=/nowhere root=/dev/nowhere"
+		var console bytes.Buffer
+		g.Machine.Console = &console
+		r, err := vm.Run(t.Context(), g)
+		if err == nil || r.Boots != 0 {
+			t.Fatalf("%d boots, error %v, want a panic", r.Boots, err)
+		}
+		if n := strings.Count(console.String(), "Kernel panic - not syncing"); n != 3 {
+			t.Errorf("started %d times, want 3: %v", n, err)
+		}
+	})
 	t.Run("time limit", func(t *testing.T) {
 		g, out := role(t, k, "hang")
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
