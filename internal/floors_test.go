@@ -29,12 +29,12 @@ const (
 
 // base knows nothing of the domain; a domain package does no I/O of its own.
 var (
-	base   = []string{"errs", "id", "pki", "api", "resource", "strictyaml"}
+	base   = []string{"errs", "id", "pki", "api", "resource", "strictyaml", "agentpb"}
 	domain = []string{
 		"integrity", "codesign", "codesign/archive", "kernelsig", "gate", "csv", "rollout", "incident", "attest",
 		"fleet", "vm", "vault", "identity", "rbac", "policy", "audit",
 	}
-	adapters = []string{"store", "enforce", "host", "hypervisor", "keystore", "artefact", "image", "transparency", "notify"}
+	adapters = []string{"store", "enforce", "host", "hypervisor", "keystore", "artefact", "image", "transparency", "notify", "syslog"}
 )
 
 // floors says which of our packages each package may import. A package that is
@@ -49,6 +49,8 @@ var floors = map[string][]string{
 	"strictyaml": {"errs"},
 	"pki":        {"errs"},
 	"api":        {"errs", "id", "pki"},
+	// What agents and the server say to each other, generated.
+	"agentpb": {},
 
 	"integrity": {"errs", "id", "pki", "strictyaml"},
 	// A release is judged by the policy's own words; the rest of the domain does not look sideways.
@@ -62,7 +64,8 @@ var floors = map[string][]string{
 	"rollout":  {"errs", "id", "pki"},
 	"incident": {"errs", "id", "pki"},
 	"attest":   {"errs", "id", "pki"},
-	"fleet":    {"errs", "id", "pki", "attest"},
+	// What a host should have is said with signed manifests.
+	"fleet": {"errs", "id", "pki", "resource", "codesign", "attest"},
 	"vm":       {"errs", "id", "pki", "attest"},
 	"vault":    {"errs", "id", "pki"},
 	"identity": {"errs", "id", "pki"},
@@ -80,14 +83,21 @@ var floors = map[string][]string{
 	"image":        with(base, "integrity", "codesign", "kernelsig"),
 	"transparency": base,
 	"notify":       base,
+	"syslog":       with(base, "audit", "incident"),
 
 	// The only process that holds a build key: it makes the catalogue itself and asks the gates before it signs.
 	"signer": with(base, "integrity", "codesign", "gate", "kernelsig", "artefact", "transparency", "keystore", "notify"),
 	// For tests only; depguard keeps it out of everything else.
 	"testkit": {},
 	"control": slices.Concat(base, domain),
-	"httpapi": with(slices.Concat(base, domain), "control"),
-	"console": with(slices.Concat(base, domain), "control"),
+	// What the server does beside the tree, each through control's door: hosts and what they are given, rollouts,
+	// incidents, attestation. They know each other through small interfaces that the consumer declares.
+	"control/hosts":       with(slices.Concat(base, domain), "control"),
+	"control/rollouts":    with(slices.Concat(base, domain), "control"),
+	"control/incidents":   with(slices.Concat(base, domain), "control"),
+	"control/attestation": with(slices.Concat(base, domain), "control"),
+	"httpapi":             with(slices.Concat(base, domain), "control"),
+	"console":             with(slices.Concat(base, domain), "control"),
 	// A host must keep enforcing without any of the server's code.
 	"agent": with(base, "integrity", "codesign", "codesign/archive", "attest", "vm", "enforce", "host", "hypervisor"),
 }
