@@ -44,6 +44,7 @@ func keyFiles() []keyFile {
 		{"permit-ca", "break-glass permits", "in a safe, reachable by the one on call"},
 		{"attest-ca", "evidence of gates, by `ringwall gate attest`", "where tests and reviews are judged; not on the build machine"},
 		{"breakglass-ca", "builds past their gates, in an emergency", "in a safe, reachable by two of those who answer for it"},
+		{"appraisal-ca", "what hosts proved of themselves, by the server", "where hosts are attested; it can sign nothing else"},
 		{"tsa", "the time of every signature", "wherever something is signed; who has it can back-date"},
 	}
 }
@@ -225,9 +226,9 @@ passphrase is given). It never changes a directory that holds an authority alrea
 With --key-uri keys are made in a token (HSM) and cannot leave it; the directory
 then has a .uri file in the place of the .key file. Give it once for all keys, or
 as KEY=URI for one: root, build-ca, policy-ca, permit-ca, attest-ca,
-breakglass-ca, tsa. The PIN is read from where the URI's pin-source says
-(file:PATH, env:NAME, credential:NAME), otherwise from --passphrase-file; it is
-never an argument. This takes a ringwall with PKCS#11: ./build --pkcs11.
+breakglass-ca, appraisal-ca, tsa. The PIN is read from where the URI's pin-source
+says (file:PATH, env:NAME, credential:NAME), otherwise from --passphrase-file; it
+is never an argument. This takes a ringwall with PKCS#11: ./build --pkcs11.
 
 JSON: {"directory", "files": [{"file", "signs", "keep"}]}`,
 		Example: `  ringwall key init keys --name "Example Fleet"
@@ -340,8 +341,8 @@ func newKeyAdoptCommand(e *env) *cobra.Command {
 		Short: "Use a key of the authority that is in a token now",
 		Long: `Says where the key of a certificate is: after it was imported into a token, or on
 a machine whose token holds it. The key must be the certificate's. KEY is root,
-build-ca, policy-ca, permit-ca, attest-ca, breakglass-ca, tsa or log; a file
-KEY.key must be moved away first.
+build-ca, policy-ca, permit-ca, attest-ca, breakglass-ca, appraisal-ca, tsa or log;
+a file KEY.key must be moved away first.
 
 JSON: {"file", "uri"}`,
 		Example: `  ringwall-pkcs11 key adopt keys build-ca 'pkcs11:token=fleet;object=build-ca?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/run/secrets/pin'`,
@@ -607,8 +608,8 @@ The output is JSON in either output format.`,
 			return nil
 		},
 	}
-	c.Flags().StringVar(&purpose, "purpose", "build", "whose: build, policy, permit, attest or breakglass")
-	complete(c, "purpose", "build", "policy", "permit", "attest", "breakglass")
+	c.Flags().StringVar(&purpose, "purpose", "build", "whose: build, policy, permit, attest, breakglass or appraisal")
+	complete(c, "purpose", "build", "policy", "permit", "attest", "breakglass", "appraisal")
 	return c
 }
 

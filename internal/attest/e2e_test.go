@@ -206,7 +206,7 @@ func TestResult_signed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := authority.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAttest, Identity: "spiffe://fleet.example/verifier", Now: time.Now()})
+	s, err := authority.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAppraisal, Identity: "spiffe://fleet.example/verifier", Now: time.Now()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +221,7 @@ func TestResult_signed(t *testing.T) {
 		t.Fatal(err)
 	}
 	open := func(b []byte) ([]byte, error) {
-		v, err := pki.VerifyBundle(b, authority.Roots(pki.PurposeAttest), pki.PurposeAttest)
+		v, err := pki.VerifyBundle(b, authority.Roots(pki.PurposeAppraisal), pki.PurposeAppraisal)
 		if err != nil {
 			return nil, err
 		}

@@ -28,6 +28,7 @@ import (
 //	permit-ca.crt  .key          issues leaves that sign break-glass permits
 //	attest-ca.crt  .key          issues leaves that sign evidence of gates
 //	breakglass-ca.crt  .key      issues leaves that sign builds past their gates
+//	appraisal-ca.crt  .key       issues leaves that sign results of host attestation
 //	tsa.crt  .key                the built-in timestamp authority
 //	tsa-NAME.crt                 timestamp authorities elsewhere, if any
 //	log.pub  .key                the transparency log, if there is one
@@ -35,7 +36,7 @@ import (
 // A key that is not there is simply not usable from this copy, so each key can
 // live on a machine of its own. A key in a token has STEM.uri in the place of
 // STEM.key: one line that says where it is. The certificates must be there,
-// but for those of the last two purposes, which authorities made by an earlier
+// but for those of the last three purposes, which authorities made by an earlier
 // version lack; ExtendAuthority adds them.
 type Authority struct {
 	Root    *Issuer

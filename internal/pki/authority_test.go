@@ -232,7 +232,7 @@ func TestExtendAuthority(t *testing.T) {
 	if _, err := pki.CreateAuthority(dir, o); err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range []string{"attest-ca.crt", "attest-ca.key", "breakglass-ca.crt", "breakglass-ca.key"} {
+	for _, f := range []string{"attest-ca.crt", "attest-ca.key", "breakglass-ca.crt", "breakglass-ca.key", "appraisal-ca.crt", "appraisal-ca.key"} {
 		if err := os.Remove(filepath.Join(dir, f)); err != nil {
 			t.Fatal(err)
 		}
@@ -253,7 +253,7 @@ func TestExtendAuthority(t *testing.T) {
 		t.Fatal(err)
 	}
 	added, err := pki.ExtendAuthority(dir, o)
-	if err != nil || !slices.Equal(added, []string{"attest-ca", "breakglass-ca"}) {
+	if err != nil || !slices.Equal(added, []string{"attest-ca", "breakglass-ca", "appraisal-ca"}) {
 		t.Fatalf("%v, %v", added, err)
 	}
 	if added, err = pki.ExtendAuthority(dir, o); err != nil || len(added) > 0 {

@@ -22,6 +22,7 @@ import (
 //	arc.1.3  extended key usage: signs break-glass permits
 //	arc.1.4  extended key usage: signs evidence of gates ("attest")
 //	arc.1.5  extended key usage: signs release records past the gates ("breakglass")
+//	arc.1.6  extended key usage: signs results of host attestation ("appraisal")
 //	arc.2.1  policy of timestamps made by the built-in TSA
 func arc(tail ...int) asn1.ObjectIdentifier {
 	base := asn1.ObjectIdentifier{1, 2, 840, 113556, 1, 8000, 2554, 29277, 1632, 52035, 20395, 47637, 7918920, 1233342}
@@ -40,11 +41,12 @@ const (
 	PurposePermit     Purpose = 3 // break-glass permits
 	PurposeAttest     Purpose = 4 // in-toto statements that are evidence of gates
 	PurposeBreakglass Purpose = 5 // release records of builds that did not pass their gates
+	PurposeAppraisal  Purpose = 6 // results of host attestation
 )
 
 // Purposes lists every purpose.
 func Purposes() []Purpose {
-	return []Purpose{PurposeBuild, PurposePolicy, PurposePermit, PurposeAttest, PurposeBreakglass}
+	return []Purpose{PurposeBuild, PurposePolicy, PurposePermit, PurposeAttest, PurposeBreakglass, PurposeAppraisal}
 }
 
 // String returns the purpose's name, which is also the stem of its CA's file
@@ -61,6 +63,8 @@ func (p Purpose) String() string {
 		return "attest"
 	case PurposeBreakglass:
 		return "breakglass"
+	case PurposeAppraisal:
+		return "appraisal"
 	}
 	return fmt.Sprintf("purpose(%d)", uint8(p))
 }
@@ -75,7 +79,7 @@ func (p Purpose) maxPayload() int {
 		return 4 << 20
 	case PurposePermit:
 		return 4 << 10
-	case PurposeAttest:
+	case PurposeAttest, PurposeAppraisal:
 		return 1 << 20
 	}
 	return 64 << 10
@@ -97,7 +101,7 @@ func (p Purpose) logged() bool {
 }
 
 func (p Purpose) check() error {
-	if p < PurposeBuild || p > PurposeBreakglass {
+	if p < PurposeBuild || p > PurposeAppraisal {
 		return fmt.Errorf("%v: %w", p, errs.Invalid)
 	}
 	return nil
