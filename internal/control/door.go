@@ -63,14 +63,15 @@ type Kind struct {
 type Door struct {
 	store Store
 	kinds map[string]*Kind
-	roles roleCache
+	roles *roleCache
 	wake  *wake
+	peers map[string]Peer // by kind; set before the door is used
 }
 
 // New returns a door to a store, with the kinds that the door needs itself and
 // those given.
 func New(s Store, kinds ...Kind) (*Door, error) {
-	d := &Door{store: s, kinds: map[string]*Kind{}, wake: newWake()}
+	d := &Door{store: s, kinds: map[string]*Kind{}, roles: &roleCache{}, wake: newWake(), peers: map[string]Peer{}}
 	for _, k := range append(ownKinds(), kinds...) {
 		key := strings.ToLower(k.Type)
 		if _, twice := d.kinds[key]; twice || key == "" {

@@ -22,6 +22,8 @@ type dialect struct {
 	name, driver string
 	types        *strings.Replacer // of the migrations
 	snapshot     sql.IsolationLevel
+	// clock is the time in microseconds since 1970.
+	clock string
 	// lock keeps others from migrating at the same time.
 	lock      string
 	retryable func(error) bool
@@ -31,6 +33,7 @@ func onSQLite() dialect {
 	return dialect{
 		name: "sqlite", driver: "sqlite",
 		types:     strings.NewReplacer("@KEY", "TEXT", "@BYTES", "BLOB"),
+		clock:     "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
 		retryable: sqliteRetryable,
 	}
 }
@@ -40,6 +43,7 @@ func onPostgres() dialect {
 		name: "postgres", driver: "pgx",
 		types:     strings.NewReplacer("@KEY", `TEXT COLLATE "C"`, "@BYTES", "BYTEA"),
 		snapshot:  sql.LevelRepeatableRead,
+		clock:     "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)",
 		lock:      "SELECT pg_advisory_xact_lock(7245610837)",
 		retryable: postgresRetryable,
 	}

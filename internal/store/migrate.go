@@ -4,9 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"embed"
-	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -34,28 +34,56 @@ func (s *Store) migrate(ctx context.Context) error {
 		if _, err := tx.tx.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS migration (number BIGINT PRIMARY KEY, name TEXT NOT NULL, at_us BIGINT NOT NULL)"); err != nil {
 			return err
 		}
-		var have int
-		if err := tx.tx.QueryRowContext(ctx, "SELECT COALESCE(MAX(number), 0) FROM migration").Scan(&have); err != nil {
-			return err
-		}
-		if have > len(files) {
-			return fmt.Errorf("the database has schema %d, this version of Ringwall knows %d: use the version that wrote it, or a later one: %w", have, len(files), errs.Conflict)
-		}
-		for i := have; i < len(files); i++ {
-			if err := s.step(ctx, tx, i+1, files[i]); err != nil {
-				return fmt.Errorf("migration %s: %w", files[i], err)
-			}
-		}
-		return nil
+		return s.steps(ctx, tx, files)
 	})
 }
 
-func (s *Store) step(ctx context.Context, tx *Tx, number int, file string) error {
-	name := strings.TrimSuffix(strings.TrimPrefix(file, "migrations/"), ".sql")
-	digits, name, _ := strings.Cut(name, "_")
-	if n, err := strconv.Atoi(digits); err != nil || n != number {
-		return errors.New("not numbered in sequence")
+// steps applies what the database has not had yet. Numbers may be left out.
+func (s *Store) steps(ctx context.Context, tx *Tx, files []string) error {
+	have, err := tx.applied(ctx)
+	if err != nil {
+		return err
 	}
+	known := 0
+	for _, file := range files {
+		digits, name, _ := strings.Cut(strings.TrimSuffix(strings.TrimPrefix(file, "migrations/"), ".sql"), "_")
+		number, err := strconv.Atoi(digits)
+		if err != nil || number <= known {
+			return fmt.Errorf("migration %s: not numbered in sequence", file)
+		}
+		known = number
+		if slices.Contains(have, number) {
+			continue
+		}
+		if err := s.step(ctx, tx, number, name, file); err != nil {
+			return fmt.Errorf("migration %s: %w", file, err)
+		}
+	}
+	if len(have) > 0 && have[len(have)-1] > known {
+		return fmt.Errorf("the database has schema %d, this version of Ringwall knows %d: use the version that wrote it, or a later one: %w", have[len(have)-1], known, errs.Conflict)
+	}
+	return nil
+}
+
+// applied are the numbers of the migrations that the database has had, in order.
+func (t *Tx) applied(ctx context.Context) ([]int, error) {
+	rows, err := t.tx.QueryContext(ctx, "SELECT number FROM migration ORDER BY number")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = rows.Close() }()
+	var out []int
+	for rows.Next() {
+		var n int
+		if err := rows.Scan(&n); err != nil {
+			return nil, err
+		}
+		out = append(out, n)
+	}
+	return out, rows.Err()
+}
+
+func (s *Store) step(ctx context.Context, tx *Tx, number int, name, file string) error {
 	text, err := migrations.ReadFile(file)
 	if err != nil {
 		return err

@@ -104,6 +104,7 @@ func (s *Store) Backup(ctx context.Context, file string) error {
 type Tx struct {
 	tx       *sql.Tx
 	now      time.Time
+	clock    string // see dialect
 	readOnly bool // SQLite's driver does not hold readers to it
 }
 
@@ -155,7 +156,7 @@ func (s *Store) once(ctx context.Context, o *sql.TxOptions, fn func(*Tx) error) 
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // after a commit it does nothing
-	if err := fn(&Tx{tx: tx, now: time.Now().UTC().Truncate(time.Microsecond), readOnly: o.ReadOnly}); err != nil {
+	if err := fn(&Tx{tx: tx, now: time.Now().UTC().Truncate(time.Microsecond), clock: s.dialect.clock, readOnly: o.ReadOnly}); err != nil {
 		return err
 	}
 	return tx.Commit()
