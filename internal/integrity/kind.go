@@ -90,6 +90,20 @@ func ParseDigest(s string) (Digest, error) {
 	return d, nil
 }
 
+// MarshalText implements encoding.TextMarshaler, in hex.
+func (d Digest) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler for 64 hex digits.
+func (d *Digest) UnmarshalText(b []byte) error {
+	if len(b) != 2*len(d) {
+		return fmt.Errorf("digest of %d characters: want 64 hex digits: %w", len(b), errs.Invalid)
+	}
+	if _, err := hex.Decode(d[:], b); err != nil {
+		return fmt.Errorf("digest %q: want 64 hex digits: %w", b, errs.Invalid)
+	}
+	return nil
+}
+
 // Space says what a Digest was computed over. Digests of different spaces
 // never match each other. Shared with the kernel programs.
 type Space uint32
