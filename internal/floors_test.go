@@ -65,7 +65,7 @@ var floors = map[string][]string{
 	"incident": {"errs", "id", "pki"},
 	"attest":   {"errs", "id", "pki"},
 	// What a host should have is said with signed manifests.
-	"fleet":    {"errs", "id", "pki", "resource", "codesign", "attest"},
+	"fleet":    {"errs", "id", "pki", "resource", "integrity", "codesign", "attest"},
 	"vm":       {"errs", "id", "pki", "attest"},
 	"vault":    {"errs", "id", "pki"},
 	"identity": {"errs", "id", "pki"},
