@@ -105,7 +105,7 @@ type Tx struct {
 	tx       *sql.Tx
 	now      time.Time
 	clock    string // see dialect
-	readOnly bool // SQLite's driver does not hold readers to it
+	readOnly bool   // SQLite's driver does not hold readers to it
 }
 
 func (t *Tx) mayWrite() error {
