@@ -164,7 +164,8 @@ const (
 	BasisVTPMCA    Basis = "vtpm-ca"   // our own CA for virtual TPMs
 	BasisVendorCA  Basis = "vendor-ca" // a TPM vendor's CA
 	BasisAllowList Basis = "allow-list"
-	BasisFirstUse  Basis = "first-use" // seen first in an open window and approved by a person
+	BasisJoinToken Basis = "join-token" // nobody vouches for the TPM; whoever joined had a token of the fleet
+	BasisFirstUse  Basis = "first-use"  // seen first in an open window and approved by a person
 )
 
 // EKPolicy says whose endorsement keys are believed. The zero EKPolicy
@@ -178,6 +179,9 @@ type EKPolicy struct {
 	// it (Approved). The zero time: never.
 	FirstUseUntil time.Time
 	Approved      []HostID
+	// JoinToken: a host that joined the fleet with a token is enough. It then is
+	// the same TPM from that day on, and nothing says that it is a real one.
+	JoinToken bool
 }
 
 // Trust decides whether a host's endorsement key is believed, and why. cert
@@ -212,6 +216,8 @@ func (p *EKPolicy) Trust(ek *EK, cert *EKCertificate, intermediates []*x509.Cert
 	switch {
 	case slices.Contains(p.Allowed, id):
 		return BasisAllowList, nil
+	case p.JoinToken:
+		return BasisJoinToken, nil
 	case !now.Before(p.FirstUseUntil):
 		return "", why
 	case slices.Contains(p.Approved, id):

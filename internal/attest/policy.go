@@ -202,7 +202,7 @@ func (p *Policy) validate() error {
 		}
 	}
 	for _, b := range p.EKBases {
-		if b != BasisVTPMCA && b != BasisVendorCA && b != BasisAllowList && b != BasisFirstUse {
+		if b != BasisVTPMCA && b != BasisVendorCA && b != BasisAllowList && b != BasisFirstUse && b != BasisJoinToken {
 			return fmt.Errorf("no basis is called %.40q", b)
 		}
 	}

@@ -25,6 +25,7 @@ const (
 	ReasonEKTrust          Reason = "ek-trust"           // nobody vouches for the endorsement key
 	ReasonEKPending        Reason = "ek-pending"         // a person must approve this endorsement key
 	ReasonEKCertificate    Reason = "ek-certificate"     // the certificate is not one for this key
+	ReasonActivation       Reason = "activation"         // the credential was not opened: the keys are not in one TPM
 	ReasonPCRSelection     Reason = "pcr-selection"      // other PCRs, or another bank, than asked for
 	ReasonPCRDigest        Reason = "pcr-digest"         // the values sent are not those that were quoted
 	ReasonPCRReplay        Reason = "pcr-replay"         // the log does not lead to the quoted value
