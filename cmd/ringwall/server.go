@@ -93,12 +93,16 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 		}
 		e.notef("first start: the local administrator's token is in %s", shown(file))
 	}
+	clients, err := openTLSAuthority(filepath.Join(o.data, "tls"), "clients", "Ringwall client CA", e.now)
+	if err != nil {
+		return err
+	}
 	log := slog.New(slog.NewTextHandler(e.stderr, nil))
 	srv := &http.Server{
 		Handler: httpapi.New(door, log, e.now), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
-		TLSConfig:   &tls.Config{GetCertificate: certificates.get, MinVersion: tls.VersionTLS13},
+		TLSConfig:   serverTLSConfig(certificates, clients),
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
 	if err != nil {
@@ -135,36 +139,45 @@ func openServerTLS(dir string, hosts []string, now func() time.Time) (*serverTLS
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	cert, errCert := os.ReadFile(filepath.Join(dir, "ca.crt"))
-	key, errKey := os.ReadFile(filepath.Join(dir, "ca.key"))
 	var err error
-	switch {
-	case errCert == nil && errKey == nil:
-		s.by, err = pki.LoadTLSAuthority(cert, key)
-	case errors.Is(errCert, os.ErrNotExist) && errors.Is(errKey, os.ErrNotExist):
-		s.by, err = s.newAuthority()
-	default:
-		err = errors.Join(errCert, errKey)
-	}
-	if err != nil {
+	if s.by, err = openTLSAuthority(dir, "ca", "Ringwall server CA", now); err != nil {
 		return nil, err
 	}
 	_, err = s.get(nil)
 	return s, err
 }
 
-func (s *serverTLS) newAuthority() (*pki.TLSAuthority, error) {
-	a, err := pki.NewTLSAuthority("Ringwall server CA", s.now())
+// serverTLSConfig asks clients for a certificate of the client CA. Who has none
+// brings a token; one of somebody else's ends the connection.
+func serverTLSConfig(certificates *serverTLS, clients *pki.TLSAuthority) *tls.Config {
+	pool := x509.NewCertPool()
+	pool.AddCert(clients.Certificate())
+	return &tls.Config{
+		GetCertificate: certificates.get, MinVersion: tls.VersionTLS13,
+		ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: pool,
+	}
+}
+
+// openTLSAuthority reads an authority of a directory, or makes it at the first start.
+func openTLSAuthority(dir, stem, name string, now func() time.Time) (*pki.TLSAuthority, error) {
+	cert, errCert := os.ReadFile(filepath.Join(dir, stem+".crt"))
+	key, errKey := os.ReadFile(filepath.Join(dir, stem+".key"))
+	switch {
+	case errCert == nil && errKey == nil:
+		return pki.LoadTLSAuthority(cert, key)
+	case !errors.Is(errCert, os.ErrNotExist) || !errors.Is(errKey, os.ErrNotExist):
+		return nil, errors.Join(errCert, errKey)
+	}
+	a, err := pki.NewTLSAuthority(name, now())
 	if err != nil {
 		return nil, err
 	}
-	cert, key, err := a.PEM()
-	if err != nil {
+	if cert, key, err = a.PEM(); err != nil {
 		return nil, err
 	}
 	return a, errors.Join(
-		host.WriteFile(filepath.Join(s.dir, "ca.key"), key, 0o600),
-		host.WriteFile(filepath.Join(s.dir, "ca.crt"), cert, 0o644))
+		host.WriteFile(filepath.Join(dir, stem+".key"), key, 0o600),
+		host.WriteFile(filepath.Join(dir, stem+".crt"), cert, 0o644))
 }
 
 // renewBefore is how long before its end a certificate is made anew.

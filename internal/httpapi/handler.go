@@ -4,8 +4,10 @@
 package httpapi
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -26,6 +28,7 @@ import (
 
 // Door is what the handlers need of control.Door.
 type Door interface {
+	AuthenticatePeer(ctx context.Context, cert *x509.Certificate, now time.Time) (*control.Actor, error)
 	Authenticate(ctx context.Context, token string, now time.Time) (*control.Actor, error)
 	Get(ctx context.Context, by control.Actor, id resource.ID) (*resource.Document, error)
 	List(ctx context.Context, by control.Actor, q resource.Query) ([]resource.Document, string, error)
@@ -41,50 +44,62 @@ const (
 	auditPage   = 1000
 )
 
-type api struct {
-	door Door
-	log  *slog.Logger
-	now  func() time.Time
+// API is the handler of everything.
+type API struct {
+	door   Door
+	log    *slog.Logger
+	now    func() time.Time
+	routes []Route
+	mux    *http.ServeMux
 }
 
-// New returns the handler of everything. Nothing but /healthz is answered
-// without authentication.
-func New(d Door, log *slog.Logger, now func() time.Time) http.Handler {
-	a := &api{door: d, log: log, now: now}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
-	mux.HandleFunc("GET /ringwall/watch", a.authenticated(a.watch))
-	mux.HandleFunc("GET /ringwall/audit", a.authenticated(a.audit))
-	mux.HandleFunc("GET /", a.authenticated(a.get))
-	mux.HandleFunc("PUT /", a.authenticated(a.put))
-	mux.HandleFunc("DELETE /", a.authenticated(a.remove))
-	return mux
+// New returns the handler of everything. Nothing but what Route calls public is
+// answered without authentication.
+func New(d Door, log *slog.Logger, now func() time.Time, options ...Option) *API {
+	a := &API{door: d, log: log, now: now, mux: http.NewServeMux()}
+	a.routes = a.ownRoutes()
+	for _, o := range options {
+		o(a)
+	}
+	for _, r := range a.routes {
+		a.mux.Handle(r.Method+" "+r.Path, a.serve(r))
+	}
+	return a
 }
 
-type handler func(w http.ResponseWriter, r *http.Request, by control.Actor) error
+// ServeHTTP implements http.Handler.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.mux.ServeHTTP(w, r) }
 
-// authenticated fails closed: without a token that is known there is no answer
-// but 401, whatever was asked for.
-func (a *api) authenticated(next handler) http.HandlerFunc {
+// serve fails closed: who is not known gets no answer but 401, whatever was
+// asked for.
+func (a *API) serve(route Route) http.HandlerFunc {
+	who := route.Who
+	if who == nil {
+		who = a.Actor
+	}
+	limit := cmp.Or(route.MaxBody, maxBody)
 	return func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
 		request := newRequestID()
 		h.Set("x-ms-request-id", request)
-		token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-		var by *control.Actor
-		err := fmt.Errorf("send a token as `Authorization: Bearer …`: %w", errs.Untrusted)
-		if ok {
-			by, err = a.door.Authenticate(r.Context(), token, a.now())
-		}
-		if err == nil {
-			err = next(w, r, *by)
-		}
-		if err != nil {
+		r.Body = http.MaxBytesReader(w, r.Body, limit)
+		if err := a.answer(w, r, route, who); err != nil {
 			a.fail(w, r, request, err)
 		}
 	}
+}
+
+func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Authenticator) error {
+	if route.Public {
+		return route.Serve(w, r, control.Actor{})
+	}
+	by, err := who(r)
+	if err != nil {
+		return err
+	}
+	return route.Serve(w, r.WithContext(context.WithValue(r.Context(), actorKey{}, *by)), *by)
 }
 
 func newRequestID() string {
@@ -95,7 +110,7 @@ func newRequestID() string {
 
 // fail maps a kind of error to a status, once. What is no kind stays inside:
 // the client gets the request's id, the log has the rest.
-func (a *api) fail(w http.ResponseWriter, r *http.Request, request string, err error) {
+func (a *API) fail(w http.ResponseWriter, r *http.Request, request string, err error) {
 	if r.Context().Err() != nil {
 		return // nobody is there any more
 	}
@@ -152,7 +167,7 @@ func writeDocument(w http.ResponseWriter, status int, d *resource.Document) erro
 	return writeJSON(w, status, d)
 }
 
-func (a *api) get(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+func (a *API) get(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 	if below, kind, ok := collection(r.URL.Path); ok {
 		return a.list(w, r, by, below, kind)
 	}
@@ -193,7 +208,7 @@ func collection(path string) (below resource.ID, kind string, ok bool) {
 	return sample.Parent(), sample.Type(), true
 }
 
-func (a *api) list(w http.ResponseWriter, r *http.Request, by control.Actor, below resource.ID, kind string) error {
+func (a *API) list(w http.ResponseWriter, r *http.Request, by control.Actor, below resource.ID, kind string) error {
 	q := resource.Query{Below: below, Type: kind, Limit: defaultPage, After: r.URL.Query().Get("$skiptoken")}
 	if top := r.URL.Query().Get("$top"); top != "" {
 		n, err := strconv.Atoi(top)
@@ -231,7 +246,7 @@ type input struct {
 	Properties json.RawMessage   `json:"properties"`
 }
 
-func (a *api) put(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+func (a *API) put(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 	id, err := resource.ParseID(r.URL.Path)
 	if err != nil {
 		return err
@@ -240,7 +255,7 @@ func (a *api) put(w http.ResponseWriter, r *http.Request, by control.Actor) erro
 	if err != nil {
 		return err
 	}
-	in, err := readInput(w, r)
+	in, err := readInput(r)
 	if err != nil {
 		return err
 	}
@@ -259,8 +274,8 @@ func (a *api) put(w http.ResponseWriter, r *http.Request, by control.Actor) erro
 	return writeDocument(w, status, d)
 }
 
-func readInput(w http.ResponseWriter, r *http.Request) (*input, error) {
-	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+func readInput(r *http.Request) (*input, error) {
+	dec := json.NewDecoder(r.Body)
 	dec.DisallowUnknownFields()
 	var in input
 	if err := dec.Decode(&in); err != nil {
@@ -300,7 +315,7 @@ func dryRun(r *http.Request) bool {
 	return v != "" && v != "false"
 }
 
-func (a *api) remove(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+func (a *API) remove(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 	id, err := resource.ParseID(r.URL.Path)
 	if err != nil {
 		return err

@@ -36,7 +36,7 @@ func number(s, name string) (uint64, error) {
 // watch streams changes as server-sent events. Each has the revision as its id,
 // so that a client that was cut off goes on with Last-Event-ID; "passed" says
 // how far the stream is when nothing was to be seen.
-func (a *api) watch(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+func (a *API) watch(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 	q := r.URL.Query()
 	below, err := resource.ParseID(cmp.Or(q.Get("below"), "/"))
 	if err != nil {
@@ -95,7 +95,7 @@ func (s *stream) send(event string, id uint64, data []byte) error {
 }
 
 // audit writes the records after a number as JSON lines, to the end of the log.
-func (a *api) audit(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+func (a *API) audit(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 	after, err := number(r.URL.Query().Get("after"), "after")
 	if err != nil {
 		return err
