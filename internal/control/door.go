@@ -25,6 +25,8 @@ type Actor struct {
 	ID     string   // object id, which role assignments name
 	Name   string   // for people and the audit log
 	Groups []string // object ids of all groups, nested ones included
+
+	engine []string // actions of a part of the server, see Engine; nil for everybody else
 }
 
 // Tx is a transaction of the store.
@@ -52,6 +54,8 @@ type Kind struct {
 	// Check validates a new or changed document beyond its envelope; old is nil
 	// for a new one. The error is errs.Invalid, errs.Conflict or errs.Denied.
 	Check func(ctx context.Context, tx Tx, old, d *resource.Document) error
+	// Actions are what else can be done to such a document, by name.
+	Actions map[string]Action
 	// Needs are actions that whoever writes or deletes such a document must also
 	// be allowed at the root.
 	Needs []string

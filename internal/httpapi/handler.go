@@ -26,14 +26,20 @@ import (
 	"ringwall/internal/resource"
 )
 
-// Door is what the handlers need of control.Door.
-type Door interface {
+// Identities tells who somebody is.
+type Identities interface {
 	AuthenticatePeer(ctx context.Context, cert *x509.Certificate, now time.Time) (*control.Actor, error)
 	Authenticate(ctx context.Context, token string, now time.Time) (*control.Actor, error)
+}
+
+// Door is what the handlers need of control.Door.
+type Door interface {
+	Identities
 	Get(ctx context.Context, by control.Actor, id resource.ID) (*resource.Document, error)
 	List(ctx context.Context, by control.Actor, q resource.Query) ([]resource.Document, string, error)
 	Put(ctx context.Context, by control.Actor, d resource.Document, when resource.When, dryRun bool) (*resource.Document, error)
 	Delete(ctx context.Context, by control.Actor, id resource.ID, when resource.When, dryRun bool) error
+	Act(ctx context.Context, by control.Actor, id resource.ID, name string, body json.RawMessage) (any, error)
 	Watch(ctx context.Context, by control.Actor, below resource.ID, after uint64, visit func(resource.Change) error, seen func(uint64) error) error
 	Audit(ctx context.Context, by control.Actor, after uint64, limit int) ([]audit.Record, error)
 }
@@ -313,6 +319,27 @@ func condition(r *http.Request) (resource.When, error) {
 func dryRun(r *http.Request) bool {
 	v := r.URL.Query().Get("dryRun")
 	return v != "" && v != "false"
+}
+
+// act does what a document's kind offers beside writing: POST ID/ACTION.
+func (a *API) act(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+	cut := strings.LastIndexByte(r.URL.Path, '/')
+	id, err := resource.ParseID(r.URL.Path[:max(cut, 0)] + "/")
+	if err != nil {
+		return err
+	}
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return fmt.Errorf("the body: %w: %w", err, errs.Invalid)
+	}
+	if len(body) == 0 {
+		body = []byte("{}")
+	}
+	answer, err := a.door.Act(r.Context(), by, id, r.URL.Path[cut+1:], body)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, answer)
 }
 
 func (a *API) remove(w http.ResponseWriter, r *http.Request, by control.Actor) error {

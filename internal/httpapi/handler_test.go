@@ -142,7 +142,9 @@ func TestTree(t *testing.T) {
 	s.want(201, s.do(s.admin, "PUT", thing+"Two?dryRun=true", `{}`))
 	s.want(404, s.do(s.admin, "GET", thing+"Two", ""))
 	s.want(409, s.do(s.admin, "DELETE", group, ""), "not empty")
-	s.want(405, s.do(s.admin, "POST", thing+"One", ""))
+	s.want(405, s.do(s.admin, "PATCH", thing+"One", ""))
+	s.want(404, s.do(s.admin, "POST", thing+"One/burn", ""), "has no action")
+	s.want(400, s.do(s.admin, "POST", thing+"One", ""))
 	s.want(200, s.do(s.admin, "DELETE", thing+"One", ""))
 	s.want(204, s.do(s.admin, "DELETE", thing+"One", ""))
 	if strings.Contains(s.log.String(), "request_failed") {

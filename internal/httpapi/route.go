@@ -75,6 +75,7 @@ func (a *API) ownRoutes() []Route {
 		{Method: http.MethodGet, Path: "/", Serve: a.get},
 		{Method: http.MethodPut, Path: "/", Serve: a.put},
 		{Method: http.MethodDelete, Path: "/", Serve: a.remove},
+		{Method: http.MethodPost, Path: "/", Serve: a.act},
 	}
 }
 
