@@ -144,7 +144,8 @@ var outside = map[string][]string{
 		"golang.org/x/sys", // extended attributes
 		"github.com/erofs/go-erofs", "github.com/google/go-containerregistry",
 	},
-	"keystore": {"github.com/miekg/pkcs11"}, // with the build tag pkcs11 only
+	"hypervisor": {"github.com/klauspost/compress", "github.com/ulikunitz/xz"}, // kernel modules are compressed
+	"keystore":   {"github.com/miekg/pkcs11"},                                  // with the build tag pkcs11 only
 	"transparency": {
 		"github.com/transparency-dev/tessera", "k8s.io/klog", // klog to silence tessera
 	},
