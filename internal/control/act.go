@@ -25,10 +25,10 @@ type Action struct {
 	Done func(ctx context.Context, d *resource.Document)
 }
 
-// Act does a registered action to a document: authorise, check, one
+// Invoke does a registered action to a document: authorise, check, one
 // transaction, an audit record in it. A document that was checked when it was
 // written is checked again, since the action may have broken it.
-func (d *Door) Act(ctx context.Context, by Actor, id resource.ID, name string, body json.RawMessage) (any, error) {
+func (d *Door) Invoke(ctx context.Context, by Actor, id resource.ID, name string, body json.RawMessage) (any, error) {
 	kind, ok := d.kinds[id.Type()]
 	if !ok {
 		return nil, fmt.Errorf("%s %s: there is no resource type %q: %w", name, id, id.Type(), errs.Invalid)
@@ -69,15 +69,14 @@ func (d *Door) Act(ctx context.Context, by Actor, id resource.ID, name string, b
 	return answer, nil
 }
 
-// Do changes several documents in one transaction, as one change of target with
-// one audit record: fn sets the record's reason and detail if it wants. It is for
-// the server's own parts, which have checked what they write.
-func (d *Door) Do(ctx context.Context, by Actor, verb string, target resource.ID, fn func(Tx, *audit.Record) error) error {
-	kind, ok := d.kinds[target.Type()]
-	if !ok {
-		return fmt.Errorf("%s %s: there is no resource type %q: %w", verb, target, target.Type(), errs.Invalid)
-	}
-	if err := d.change(ctx, by, kind, verb, target, false, fn); err != nil {
+// Act is a change that is no document of the tree, or several at once, such as
+// the release of a quarantined host: authorised as the action "KIND/VERB" on the
+// target, made and recorded in one transaction like every other. fn may add to
+// the record's detail; what else it needs of the store it finds by asserting an
+// interface of its own on the transaction. It is for the server's own parts,
+// which have checked what they write.
+func (d *Door) Act(ctx context.Context, by Actor, kind, verb string, target resource.ID, fn func(Tx, *audit.Record) error) error {
+	if err := d.change(ctx, by, &Kind{Type: kind}, verb, target, false, fn); err != nil {
 		return fmt.Errorf("%s %s: %w", verb, target, err)
 	}
 	return nil

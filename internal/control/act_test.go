@@ -44,7 +44,7 @@ func newLamps(t *testing.T, done func(*resource.Document)) *lab {
 	return l
 }
 
-func TestAct(t *testing.T) {
+func TestInvoke(t *testing.T) {
 	var done []string
 	l := newLamps(t, func(d *resource.Document) { done = append(done, string(d.Properties)) })
 	ctx := t.Context()
@@ -52,7 +52,7 @@ func TestAct(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	answer, err := l.door.Act(ctx, root(), id(lamp), "switch", []byte(`{"on":true}`))
+	answer, err := l.door.Invoke(ctx, root(), id(lamp), "switch", []byte(`{"on":true}`))
 	if err != nil || fmt.Sprint(answer) != "map[on:true]" {
 		t.Fatalf("answer %v, error %v", answer, err)
 	}
@@ -76,7 +76,7 @@ func TestAct(t *testing.T) {
 		{"an engine that may nothing", "switch", `{"on":false}`, control.Engine("test"), errs.Denied},
 		{"an engine that may", "switch", `{"on":false}`, control.Engine("test", "Ringwall.Test/lamps/*"), nil},
 	} {
-		if _, err := l.door.Act(ctx, c.by, id(lamp), c.action, []byte(c.body)); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+		if _, err := l.door.Invoke(ctx, c.by, id(lamp), c.action, []byte(c.body)); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
 			t.Errorf("%s: error %v, want %v", c.name, err, c.want)
 		}
 	}
@@ -95,12 +95,12 @@ func TestAct(t *testing.T) {
 	}
 }
 
-// TestDo: several documents change together or not at all.
-func TestDo(t *testing.T) {
+// TestAct_several: several documents change together or not at all.
+func TestAct_several(t *testing.T) {
 	l := newLamps(t, func(*resource.Document) {})
 	ctx, two := t.Context(), strings.Replace(lamp, "one", "two", 1)
 	both := func(then error) error {
-		return l.door.Do(ctx, root(), "move/action", id(lamp), func(tx control.Tx, r *audit.Record) error {
+		return l.door.Act(ctx, root(), "Ringwall.Test/lamps", "move/action", id(lamp), func(tx control.Tx, r *audit.Record) error {
 			r.Detail = `{"to":"two"}`
 			if _, err := tx.Delete(ctx, id(lamp), "admin", resource.When{}); err != nil {
 				return err
@@ -120,5 +120,33 @@ func TestDo(t *testing.T) {
 	}
 	if _, err := l.door.Get(ctx, root(), id(two)); err != nil {
 		t.Error(err)
+	}
+}
+
+// What is no document goes through the same door: roles, one transaction, a record.
+func TestAct(t *testing.T) {
+	l := newLab(t)
+	ran := 0
+	act := func(by control.Actor, fail error) error {
+		return l.door.Act(t.Context(), by, "Ringwall.Test/things", "shake/action", id(thing+"one"), func(_ control.Tx, r *audit.Record) error {
+			ran++
+			r.Detail = `{"hard":true}`
+			return fail
+		})
+	}
+	if err := act(control.Actor{ID: "bob", Name: "bob"}, nil); !errors.Is(err, errs.Denied) || ran != 0 {
+		t.Errorf("without a role: %v, ran %d times", err, ran)
+	}
+	before := len(l.records())
+	if err := act(root(), errs.Conflict); !errors.Is(err, errs.Conflict) {
+		t.Errorf("failed: %v", err)
+	}
+	if err := act(root(), nil); err != nil {
+		t.Fatal(err)
+	}
+	got := l.records()[before:]
+	if len(got) != 2 || got[0].Outcome != audit.Failed || got[1].Outcome != audit.Done ||
+		got[1].Action != "Ringwall.Test/things/shake/action" || got[1].Detail != `{"hard":true}` {
+		t.Errorf("%+v", got)
 	}
 }

@@ -39,7 +39,7 @@ type Door interface {
 	List(ctx context.Context, by control.Actor, q resource.Query) ([]resource.Document, string, error)
 	Put(ctx context.Context, by control.Actor, d resource.Document, when resource.When, dryRun bool) (*resource.Document, error)
 	Delete(ctx context.Context, by control.Actor, id resource.ID, when resource.When, dryRun bool) error
-	Act(ctx context.Context, by control.Actor, id resource.ID, name string, body json.RawMessage) (any, error)
+	Invoke(ctx context.Context, by control.Actor, id resource.ID, name string, body json.RawMessage) (any, error)
 	Watch(ctx context.Context, by control.Actor, below resource.ID, after uint64, visit func(resource.Change) error, seen func(uint64) error) error
 	Audit(ctx context.Context, by control.Actor, after uint64, limit int) ([]audit.Record, error)
 }
@@ -335,7 +335,7 @@ func (a *API) act(w http.ResponseWriter, r *http.Request, by control.Actor) erro
 	if len(body) == 0 {
 		body = []byte("{}")
 	}
-	answer, err := a.door.Act(r.Context(), by, id, r.URL.Path[cut+1:], body)
+	answer, err := a.door.Invoke(r.Context(), by, id, r.URL.Path[cut+1:], body)
 	if err != nil {
 		return err
 	}
