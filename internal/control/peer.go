@@ -14,8 +14,8 @@ import (
 
 // Kinds of those who come with a certificate, see PeerID.
 const (
-	PeerService = "service"
-	PeerHost    = "host"
+	PeerService = "services"
+	PeerHost    = "hosts"
 )
 
 // PeerID is the one URI in a client certificate, and the object id that role

@@ -34,6 +34,7 @@ func ownKinds() []Kind {
 		{Type: TypeRoleDefinition, Check: checkRole},
 		{Type: TypeRoleAssignment, Check: checkAssignment},
 		{Type: TypeDenyAssignment, Check: checkDeny},
+		groupKind(),
 		tokenKind(),
 	}
 }
@@ -56,7 +57,7 @@ func (d *Door) can(ctx context.Context, tx Tx, by Actor, action string, on resou
 	if err != nil {
 		return decision{}, fmt.Errorf("read who may do what: %w", err)
 	}
-	out := decision{Decision: access.Can(&rbac.Request{Principal: by.ID, Groups: by.Groups, Action: action, Scope: on})}
+	out := decision{Decision: access.Can(&rbac.Request{Principal: by.ID, Groups: access.groups.of(by), Action: action, Scope: on})}
 	if !out.Allowed {
 		out.err = fmt.Errorf("%s may not %s on %s: %s: %w", by.Name, action, on, out.Reason, errs.Denied)
 	}
@@ -67,11 +68,17 @@ func (d *Door) can(ctx context.Context, tx Tx, by Actor, action string, on resou
 // the changes since then was about roles.
 type roleCache struct {
 	mu       sync.Mutex
-	access   *rbac.Access
+	access   *access
 	revision uint64
 }
 
-func (c *roleCache) at(ctx context.Context, tx Tx) (*rbac.Access, error) {
+// access is who may do what, and who is in which group.
+type access struct {
+	*rbac.Access
+	groups membership
+}
+
+func (c *roleCache) at(ctx context.Context, tx Tx) (*access, error) {
 	now, err := tx.Revision(ctx)
 	if err != nil {
 		return nil, err
@@ -110,18 +117,19 @@ func (c *roleCache) untouched(ctx context.Context, tx Tx) (bool, error) {
 	}
 	for i := range changes {
 		switch changes[i].Document.ID.Type() {
-		case kindRoleDefinition, kindRoleAssignment, kindDenyAssignment:
+		case kindRoleDefinition, kindRoleAssignment, kindDenyAssignment, kindGroup:
 			return false, err
 		}
 	}
 	return err == nil, err
 }
 
-func readRoles(ctx context.Context, tx Tx) (*rbac.Access, error) {
+func readRoles(ctx context.Context, tx Tx) (*access, error) {
 	roles, err := definedRoles(ctx, tx)
+	groups, errGroups := readGroups(ctx, tx)
 	var assignments []rbac.Assignment
 	var denies []rbac.Deny
-	err = errors.Join(err,
+	err = errors.Join(err, errGroups,
 		each(ctx, tx, kindRoleAssignment, func(d *resource.Document) error {
 			a, err := assignmentOf(d)
 			assignments = append(assignments, a)
@@ -129,6 +137,7 @@ func readRoles(ctx context.Context, tx Tx) (*rbac.Access, error) {
 		}),
 		each(ctx, tx, kindDenyAssignment, func(d *resource.Document) error {
 			x, err := denyOf(d)
+			x.Except = append(x.Except, BreakGlass)
 			denies = append(denies, x)
 			return err
 		}),
@@ -137,7 +146,8 @@ func readRoles(ctx context.Context, tx Tx) (*rbac.Access, error) {
 		return nil, err
 	}
 	assignments = append(usable(roles, assignments), rbac.Assignment{ID: "break-glass", Role: rbac.Owner, Principal: BreakGlass})
-	return rbac.New(roles, assignments, denies, nil)
+	all, err := rbac.New(roles, assignments, denies, nil)
+	return &access{all, groups}, err
 }
 
 // definedRoles are the built-in roles and those that people made.
@@ -152,8 +162,16 @@ func definedRoles(ctx context.Context, tx Tx) ([]*rbac.Role, error) {
 }
 
 // BreakGlass is the object id of the local administrator, who is made at the
-// first start and owns everything: no change of roles can lock everybody out.
+// first start and owns everything, whatever is denied: no change of roles can
+// lock everybody out.
 const BreakGlass = "ringwall-break-glass"
+
+// reserved reports whether an object id is one of the server's own, which no
+// document gives to anybody.
+func reserved(id string) bool {
+	const prefix = "ringwall-"
+	return len(id) >= len(prefix) && strings.EqualFold(id[:len(prefix)], prefix)
+}
 
 // usable leaves out assignments of roles that are gone or were narrowed since:
 // they grant nothing.

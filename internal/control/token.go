@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -71,8 +72,8 @@ func checkToken(_ context.Context, _ Tx, _, d *resource.Document) error {
 		return fmt.Errorf("the name of a token is its SHA-256 in lower-case hex: %w", errs.Invalid)
 	case t.Principal == "" || t.Name == "":
 		return fmt.Errorf("a token needs principalId and displayName: %w", errs.Invalid)
-	case strings.EqualFold(t.Principal, BreakGlass):
-		return fmt.Errorf("the local administrator has the token of the first start and no other: %w", errs.Denied)
+	case reserved(t.Principal) || slices.ContainsFunc(t.Groups, reserved):
+		return fmt.Errorf("the server's own principals have no tokens, and the local administrator that of the first start only: %w", errs.Denied)
 	case t.Expires.IsZero() || time.Until(t.Expires) > maxTokenLife:
 		return fmt.Errorf("a token expires, within a year: %w", errs.Invalid)
 	}

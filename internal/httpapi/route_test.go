@@ -41,11 +41,11 @@ func TestClientCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	door.HandlePeers("host", func(_ context.Context, _ control.Tx, name string, _ *x509.Certificate) (*control.Actor, error) {
+	door.HandlePeers("hosts", func(_ context.Context, _ control.Tx, name string, _ *x509.Certificate) (*control.Actor, error) {
 		if name != "h1" {
 			return nil, fmt.Errorf("host %s: %w", name, errs.NotFound)
 		}
-		return &control.Actor{ID: control.PeerID("host", name), Name: "host " + name}, nil
+		return &control.Actor{ID: control.PeerID("hosts", name), Name: "host " + name}, nil
 	})
 	whoami := func(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 		if again, ok := httpapi.ActorOf(r.Context()); !ok || again.ID != by.ID {
@@ -91,19 +91,19 @@ func TestClientCertificates(t *testing.T) {
 		status       int // 0: TLS itself refuses
 		body         string
 	}{
-		"a host":                          {cert: certify(clients, "ringwall://host/h1"), status: 200, body: "ringwall://host/h1 host h1"},
+		"a host":                          {cert: certify(clients, "ringwall://hosts/h1"), status: 200, body: "ringwall://hosts/h1 host h1"},
 		"nobody":                          {status: 401},
-		"a host that is not known":        {cert: certify(clients, "ringwall://host/h2"), status: 401},
-		"a kind that nobody handles":      {cert: certify(clients, "ringwall://service/h1"), status: 401},
-		"another scheme":                  {cert: certify(clients, "spiffe://host/h1"), status: 401},
-		"a longer path":                   {cert: certify(clients, "ringwall://host/h1/x"), status: 401},
-		"a query":                         {cert: certify(clients, "ringwall://host/h1?x"), status: 401},
-		"another authority":               {cert: certify(other, "ringwall://host/h1")},
-		"a wrong token beside it":         {cert: certify(clients, "ringwall://host/h1"), bearer: "Bearer x", status: 401},
-		"an odd header beside it":         {cert: certify(clients, "ringwall://host/h1"), bearer: "Basic x", status: 401},
+		"a host that is not known":        {cert: certify(clients, "ringwall://hosts/h2"), status: 401},
+		"a kind that nobody handles":      {cert: certify(clients, "ringwall://services/h1"), status: 401},
+		"another scheme":                  {cert: certify(clients, "spiffe://hosts/h1"), status: 401},
+		"a longer path":                   {cert: certify(clients, "ringwall://hosts/h1/x"), status: 401},
+		"a query":                         {cert: certify(clients, "ringwall://hosts/h1?x"), status: 401},
+		"another authority":               {cert: certify(other, "ringwall://hosts/h1")},
+		"a wrong token beside it":         {cert: certify(clients, "ringwall://hosts/h1"), bearer: "Bearer x", status: 401},
+		"an odd header beside it":         {cert: certify(clients, "ringwall://hosts/h1"), bearer: "Basic x", status: 401},
 		"a join token, where it is taken": {path: "/ringwall.test.v1.Enrolment/Enrol", bearer: "Bearer join", status: 200, body: "join join"},
 		"a join token, elsewhere":         {bearer: "Bearer join", status: 401},
-		"a certificate for enrolment":     {path: "/ringwall.test.v1.Enrolment/Enrol", cert: certify(clients, "ringwall://host/h1"), status: 401},
+		"a certificate for enrolment":     {path: "/ringwall.test.v1.Enrolment/Enrol", cert: certify(clients, "ringwall://hosts/h1"), status: 401},
 	} {
 		client := srv.Client()
 		tr := client.Transport.(*http.Transport).Clone()

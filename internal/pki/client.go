@@ -37,7 +37,7 @@ func (a *TLSAuthority) CertifyClient(csr []byte, identity string, life time.Dura
 	u, err := url.Parse(identity)
 	switch {
 	case err != nil || u.Scheme == "" || u.Host == "" || u.String() != identity:
-		return bad("want a URI like ringwall://service/ci")
+		return bad("want a URI like ringwall://services/ci")
 	case life < minClientLife || life > maxClientLife:
 		return bad("a life of %v (%v to %v)", life, minClientLife, maxClientLife)
 	case len(csr) > maxCSR:

@@ -36,11 +36,11 @@ func TestCertifyClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	csr := newCSR(t, key)
-	c, err := a.CertifyClient(csr, "ringwall://service/ci", time.Hour, now)
+	c, err := a.CertifyClient(csr, "ringwall://services/ci", time.Hour, now)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(c.URIs) != 1 || c.URIs[0].String() != "ringwall://service/ci" || c.Subject.CommonName != "ci" || len(c.DNSNames) != 0 || c.IsCA || !c.NotAfter.Equal(now.Add(time.Hour).UTC()) {
+	if len(c.URIs) != 1 || c.URIs[0].String() != "ringwall://services/ci" || c.Subject.CommonName != "ci" || len(c.DNSNames) != 0 || c.IsCA || !c.NotAfter.Equal(now.Add(time.Hour).UTC()) {
 		t.Errorf("%v %v %v, until %v", c.URIs, c.Subject, c.DNSNames, c.NotAfter)
 	}
 	pool := x509.NewCertPool()
@@ -51,7 +51,7 @@ func TestCertifyClient(t *testing.T) {
 	if _, err := c.Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err == nil {
 		t.Error("the certificate of a client serves as a server's")
 	}
-	if c, err := a.CertifyClient(csr, "ringwall://host/h1", 300*24*time.Hour, now.AddDate(9, 10, 0)); err != nil || c.NotAfter.After(a.Certificate().NotAfter) {
+	if c, err := a.CertifyClient(csr, "ringwall://hosts/h1", 300*24*time.Hour, now.AddDate(9, 10, 0)); err != nil || c.NotAfter.After(a.Certificate().NotAfter) {
 		t.Errorf("it outlives its authority: %v", err)
 	}
 
@@ -73,16 +73,16 @@ func TestCertifyClient(t *testing.T) {
 		at       time.Time
 	}{
 		"no URI":              {csr, "ci", time.Hour, now},
-		"no life":             {csr, "ringwall://service/ci", 0, now},
-		"a life too long":     {csr, "ringwall://service/ci", 400 * 24 * time.Hour, now},
-		"no request":          {[]byte("x"), "ringwall://service/ci", time.Hour, now},
-		"too big":             {make([]byte, 20<<10), "ringwall://service/ci", time.Hour, now},
-		"a certificate":       {pki.EncodeCertificate(c), "ringwall://service/ci", time.Hour, now},
-		"two":                 {append(newCSR(t, key), csr...), "ringwall://service/ci", time.Hour, now},
-		"without the key":     {block.Bytes, "ringwall://service/ci", time.Hour, now},
-		"a short RSA key":     {newCSR(t, small), "ringwall://service/ci", time.Hour, now},
-		"another curve":       {newCSR(t, odd), "ringwall://service/ci", time.Hour, now},
-		"the authority ended": {csr, "ringwall://service/ci", time.Hour, now.AddDate(11, 0, 0)},
+		"no life":             {csr, "ringwall://services/ci", 0, now},
+		"a life too long":     {csr, "ringwall://services/ci", 400 * 24 * time.Hour, now},
+		"no request":          {[]byte("x"), "ringwall://services/ci", time.Hour, now},
+		"too big":             {make([]byte, 20<<10), "ringwall://services/ci", time.Hour, now},
+		"a certificate":       {pki.EncodeCertificate(c), "ringwall://services/ci", time.Hour, now},
+		"two":                 {append(newCSR(t, key), csr...), "ringwall://services/ci", time.Hour, now},
+		"without the key":     {block.Bytes, "ringwall://services/ci", time.Hour, now},
+		"a short RSA key":     {newCSR(t, small), "ringwall://services/ci", time.Hour, now},
+		"another curve":       {newCSR(t, odd), "ringwall://services/ci", time.Hour, now},
+		"the authority ended": {csr, "ringwall://services/ci", time.Hour, now.AddDate(11, 0, 0)},
 	} {
 		if _, err := a.CertifyClient(tc.csr, tc.identity, tc.life, tc.at); !errors.Is(err, errs.Invalid) {
 			t.Errorf("%s: %v", name, err)
@@ -100,8 +100,8 @@ func FuzzCertifyClient(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(newCSR(f, key), "ringwall://service/ci")
-	f.Add([]byte("-----BEGIN CERTIFICATE REQUEST-----\n-----END CERTIFICATE REQUEST-----\n"), "ringwall://host/x")
+	f.Add(newCSR(f, key), "ringwall://services/ci")
+	f.Add([]byte("-----BEGIN CERTIFICATE REQUEST-----\n-----END CERTIFICATE REQUEST-----\n"), "ringwall://hosts/x")
 	f.Fuzz(func(t *testing.T, csr []byte, identity string) {
 		c, err := a.CertifyClient(csr, identity, time.Hour, now)
 		if err == nil && (len(c.URIs) != 1 || c.URIs[0].String() != identity || c.IsCA || len(c.DNSNames)+len(c.IPAddresses)+len(c.EmailAddresses) != 0) {

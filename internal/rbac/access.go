@@ -52,6 +52,8 @@ type Decision struct {
 	Role       string `json:"role,omitempty"`       // id of the role that allows
 	Assignment string `json:"assignment,omitempty"` // id of the assignment that allows
 	Deny       string `json:"deny,omitempty"`       // id of the deny assignment
+	// Through is the object id that the assignment names: the asker's own, or of a group.
+	Through string `json:"through,omitempty"`
 }
 
 // Access answers questions about one set of roles and assignments. It is not
@@ -198,7 +200,7 @@ func (a *Access) Can(r *Request) Decision {
 				conditional = true
 				continue
 			}
-			return Decision{Allowed: true, Reason: "role " + g.role.Name + " at " + g.Scope.String(), Role: g.role.ID, Assignment: g.Assignment.ID}
+			return Decision{Allowed: true, Reason: "role " + g.role.Name + " at " + g.Scope.String(), Role: g.role.ID, Assignment: g.Assignment.ID, Through: g.Principal}
 		}
 	}
 	if conditional {

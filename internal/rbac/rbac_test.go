@@ -266,3 +266,47 @@ func BenchmarkCan(b *testing.B) {
 		a.Can(&q)
 	}
 }
+
+// What Ringwall's own roles are for, and what they must not do.
+func TestBuiltIn(t *testing.T) {
+	all := rbac.BuiltIn()
+	var as []rbac.Assignment
+	seen := map[string]bool{}
+	for _, r := range all {
+		if err := r.Check(); err != nil || seen[r.ID] || r.Custom || r.Description == "" {
+			t.Errorf("%+v: %v", r, err)
+		}
+		seen[r.ID] = true
+		as = append(as, rbac.Assignment{ID: r.Name, Role: r.ID, Principal: r.Name})
+	}
+	a, err := rbac.New(all, as, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for action, want := range map[string]string{
+		"Microsoft.Authorization/roleAssignments/write": "Owner, User Access Administrator",
+		"Microsoft.Authorization/denyAssignments/write": "Owner, User Access Administrator, Security Administrator",
+		"Ringwall.Identity/users/write":                 "Owner, Contributor",
+		"Ringwall.Integrity/policies/write":             "Owner, Contributor, Security Administrator",
+		"Ringwall.Fleet/manifests/write":                "Owner, Contributor, Security Administrator, Release Manager",
+		"Ringwall.Fleet/rollouts/approve/action":        "Owner, Contributor, Security Administrator, Release Manager",
+		"Ringwall.Fleet/rollouts/pause/action":          "Owner, Contributor, Security Administrator, Release Manager, On-Call Engineer",
+		"Ringwall.Fleet/halts/write":                    "Owner, Contributor, Security Administrator, Release Manager, On-Call Engineer",
+		"Ringwall.Fleet/hosts/isolate/action":           "Owner, Contributor, Security Administrator, On-Call Engineer",
+		"Ringwall.Incidents/incidents/write":            "Owner, Contributor, Security Administrator, On-Call Engineer",
+		"Ringwall.Fleet/joinTokens/write":               "Owner, Contributor, Security Administrator",
+		"Ringwall.Audit/records/read":                   "Owner, Contributor, Reader, User Access Administrator, Security Administrator, On-Call Engineer, Auditor",
+		"Ringwall.Identity/users/read":                  "Owner, Contributor, Reader, User Access Administrator, Security Administrator, On-Call Engineer, Auditor",
+		"Ringwall.Fleet/hosts/read":                     "Owner, Contributor, Reader, User Access Administrator, Security Administrator, Release Manager, On-Call Engineer, Auditor, Host",
+	} {
+		var got []string
+		for _, r := range all {
+			if a.Can(&rbac.Request{Principal: r.Name, Action: action}).Allowed {
+				got = append(got, r.Name)
+			}
+		}
+		if strings.Join(got, ", ") != want {
+			t.Errorf("%s: %s\nwant %s", action, strings.Join(got, ", "), want)
+		}
+	}
+}
