@@ -37,6 +37,10 @@ func newExportCommand(e *env) *cobra.Command {
 make them, byte for byte as fsverity, evmctl, openssl and sign-file would. They
 are an addition: what Ringwall enforces does not need them.
 
+No gate stands before these commands: they are for development, and for what is
+no release. Of a release 'ringwall sign' and the signer make the same signatures,
+after its gates, where the release policy says kernel_signatures.
+
 The key is one of its own ('ringwall export key'), or any PEM key (PKCS #8; RSA,
 ECDSA) in FILE.key with its certificate in FILE.crt. Which keyring must hold the
 certificate, and what that is worth on which kernel, says
@@ -315,8 +319,7 @@ func newExportRootHashCommand(e *env) *cobra.Command {
 		Long: `Signs a root hash (64 hexadecimal digits, or the name of a file that holds them)
 for 'veritysetup open … --root-hash-signature=FILE' and systemd's
 RootHashSignature=. The kernel checks it by its builtin keyring, and the
-secondary and platform ones where it was built so. 'ringwall image build' does
-this for its own images.
+secondary and platform ones where it was built so.
 
 JSON: {"signatures": [{"file", "digest", "signature"}]}`,
 		Example: "  ringwall export roothash edged.img.roothash -o edged.img.roothash.p7s --key keys/kernel",

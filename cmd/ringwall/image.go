@@ -21,15 +21,13 @@ import (
 	"ringwall/internal/integrity"
 	"ringwall/internal/kernelsig"
 	"ringwall/internal/pki"
+	"ringwall/internal/signer"
 )
 
 // What lies beside an image, by the names that systemd and veritysetup use.
 const (
 	extRootHash          = ".roothash"
 	extRootHashSignature = ".roothash.p7s"
-	// rootArtefact precedes the image's name where a release record names the
-	// root hash among its artefacts.
-	rootArtefact = "dm-verity root of "
 )
 
 func newImageCommand(e *env) *cobra.Command {
@@ -42,12 +40,8 @@ reproducible: the same content gives the same root.`,
 }
 
 type imageBuildOptions struct {
-	kernel               kernelKeyFlags
-	image                image.Options
-	format, salt, path   string
-	keys, passphraseFile string
-	identity             string
-	info                 codesign.ReleaseInfo
+	image              image.Options
+	format, salt, path string
 }
 
 // imageResult is what image commands say of an image.
@@ -61,7 +55,6 @@ type imageResult struct {
 	HashOffset int64         `json:"hash_offset"`
 	Salt       string        `json:"salt"`
 	RootHash   string        `json:"root_hash_file,omitempty"`
-	Signature  string        `json:"root_hash_signature,omitempty"`
 	SignedBy   string        `json:"root_hash_signed_by,omitempty"`
 	Release    *imageRelease `json:"release,omitempty"`
 	Allowed    *bool         `json:"allowed,omitempty"` // by the policy: its root
@@ -78,10 +71,10 @@ type imageRelease struct {
 	Bundle   string `json:"bundle"`
 }
 
-func newImageRelease(path string, r *codesign.Release, c *codesign.Catalogue) *imageRelease {
+func newImageRelease(bundle string, r *codesign.Release, c *codesign.Catalogue) *imageRelease {
 	return &imageRelease{
 		Product: r.Product, Version: r.Version, Epoch: r.Epoch, Identity: r.Identity, Release: r.Record.String(),
-		Records: c.Len(), Bundle: path + extRelease,
+		Records: c.Len(), Bundle: bundle,
 	}
 }
 
@@ -106,16 +99,16 @@ writes IMAGE.roothash. Owners, times, extended attributes and the order of files
 do not count: everything in the image is root's, at one time. It needs
 mkfs.erofs, or mksquashfs for --format squashfs.
 
-With --keys it also signs a release of what is in the image, as 'ringwall sign'
-does (IMAGE.release.json, .cat, .names); the record names the image's SHA-256
-and its root hash. With --key it signs the root hash for the kernel itself
-(IMAGE.roothash.p7s; see 'ringwall export').
+It signs nothing: an image is an artefact like any other, and 'ringwall sign', or
+the signer, signs it after its gates. The record then names its root hash, which
+can be signed for the kernel in the same run.
 
 JSON: {"image", "format", "root", "sha256", "size", "data_blocks", "hash_offset",
-"salt", "root_hash_file", "root_hash_signature", "root_hash_signed_by", "release": {"product",
-"version", "epoch", "identity", "release", "records", "bundle"}}`,
-		Example: `  ringwall image build ./dist -o edged.img --keys keys --product edged --version 4.7.0 --epoch 12
-  ringwall image build rootfs.tar.zst -o rootfs.img --format squashfs --compress --key keys/kernel`,
+"salt", "root_hash_file"}`,
+		Example: `  ringwall image build ./dist -o edged.img
+  ringwall image build rootfs.tar.zst -o rootfs.img --format squashfs --compress
+  ringwall sign edged.img --keys keys --product edged --version 4.7.0 --epoch 12 \
+      --release-policy edged-release.yaml --evidence evidence --kernel-key keys/kernel`,
 		Args: exactly("DIR|TAR"),
 		RunE: func(c *cobra.Command, args []string) error { return o.run(c.Context(), e, args[0]) },
 	}
@@ -125,19 +118,8 @@ JSON: {"image", "format", "root", "sha256", "size", "data_blocks", "hash_offset"
 	f.BoolVar(&o.image.Compress, "compress", false, "compress it (erofs: LZ4, squashfs: zstd)")
 	f.Int64Var(&o.image.Time, "time", 0, "time of every file, in `SECONDS` since 1970")
 	f.StringVar(&o.salt, "salt", "", "salt of the hash tree, as `HEX`; without one, equal content has equal roots")
-	f.StringVar(&o.keys, "keys", "", "sign a release with the authority in `DIR`")
-	passphraseFlag(c, &o.passphraseFile)
-	o.kernel.add(c, false)
-	f.StringVar(&o.kernel.passphraseFile, "key-passphrase-file", "", "read the passphrase of --key from `FILE`")
-	f.StringVar(&o.identity, "identity", "", "who signs the release, as a `URI`")
-	f.StringVar(&o.info.Product, "product", "", "lower-case `NAME` of what was built")
-	f.StringVar(&o.info.Version, "version", "", "its `VERSION`")
-	f.StringVar(&o.info.Revision, "revision", "", "its source's `REVISION`")
-	f.Uint32Var(&o.info.Epoch, "epoch", 1, "its security version, which only grows")
-	f.BoolVar(&o.image.AllFiles, "all-files", false, "list data files in the release, too")
 	require(c, "out")
 	complete(c, "format", string(image.EROFS), string(image.Squashfs))
-	_ = c.MarkFlagDirname("keys")
 	return c
 }
 
@@ -150,32 +132,9 @@ func (o *imageBuildOptions) run(ctx context.Context, e *env, source string) erro
 	if o.image.Salt, err = hex.DecodeString(o.salt); err != nil || len(o.image.Salt) > 256 {
 		return usage(fmt.Errorf("--salt %.80q: want at most 256 bytes in hexadecimal", o.salt))
 	}
-	if o.keys != "" && (o.info.Product == "" || o.info.Version == "") {
-		return usage(errors.New("it does not say what it is; give --product and --version"))
-	}
-	files := []string{o.path, o.path + extRootHash}
-	if o.kernel.file != "" {
-		files = append(files, o.path+extRootHashSignature)
-	}
-	if o.keys != "" {
-		files = append(files, o.path+extRelease, o.path+extCatalogue, o.path+extNames)
-	}
-	for _, f := range files {
+	for _, f := range []string{o.path, o.path + extRootHash} {
 		if exists(f) {
 			return fmt.Errorf("%s is there already: %w", f, errs.Conflict)
-		}
-	}
-	// keys first: a wrong passphrase must not cost a build
-	var authority *pki.Authority
-	var kernel *kernelKey
-	if o.keys != "" {
-		if authority, err = loadAuthority(e, o.keys, o.passphraseFile); err != nil {
-			return err
-		}
-	}
-	if o.kernel.file != "" {
-		if kernel, err = o.kernel.load(e); err != nil {
-			return err
 		}
 	}
 	b, err := image.Build(ctx, source, o.path, o.image)
@@ -187,54 +146,7 @@ func (o *imageBuildOptions) run(ctx context.Context, e *env, source string) erro
 	if err := host.WriteFile(out.RootHash, []byte(out.Root), 0o644); err != nil {
 		return err
 	}
-	if kernel != nil {
-		sig, err := kernelsig.RootHashSignature(kernel.key, kernel.cert, b.Root)
-		if err != nil {
-			return err
-		}
-		out.Signature, out.SignedBy = o.path+extRootHashSignature, kernel.cert.Subject.CommonName
-		if err := host.WriteFile(out.Signature, sig, 0o644); err != nil {
-			return err
-		}
-	}
-	if authority != nil {
-		if out.Release, err = o.release(e, authority, b); err != nil {
-			return err
-		}
-	}
 	return e.emit(out, func(w io.Writer) { out.write(w); out.writeRule(w) })
-}
-
-// release signs a release of what is in the image.
-func (o *imageBuildOptions) release(e *env, a *pki.Authority, b *image.Built) (*imageRelease, error) {
-	if b.Catalogue.Records == 0 {
-		return nil, hint(fmt.Errorf("nothing in it is executable: %w", errs.Invalid), "--all-files lists data too")
-	}
-	if o.identity == "" {
-		o.identity = defaultIdentity(a, pki.PurposeBuild)
-	}
-	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposeBuild, Identity: o.identity, Now: e.now()})
-	if err != nil {
-		return nil, err
-	}
-	name := filepath.Base(o.path)
-	o.info.Artefacts = []codesign.Artefact{{Name: name, Digest: b.SHA256}, {Name: rootArtefact + name, Digest: b.Root}}
-	bundle, err := codesign.SignRelease(s, o.info, b.Catalogue.Catalogue, b.Catalogue.Names)
-	if err != nil {
-		return nil, err
-	}
-	r, c, err := codesign.VerifyRelease(bundle, b.Catalogue.Catalogue, a.Roots(pki.PurposeBuild))
-	if err != nil {
-		return nil, err
-	}
-	// the record last: where it is, the other two are
-	if err := host.WriteFile(o.path+extCatalogue, b.Catalogue.Catalogue, 0o644); err != nil {
-		return nil, err
-	}
-	if err := host.WriteFile(o.path+extNames, b.Catalogue.Names, 0o644); err != nil {
-		return nil, err
-	}
-	return newImageRelease(o.path, r, c), host.WriteFile(o.path+extRelease, bundle, 0o644)
 }
 
 func (r *imageResult) write(w io.Writer) {
@@ -261,14 +173,11 @@ func (r *imageResult) write(w io.Writer) {
 // writeRule prints what a policy needs, and how the volume is opened.
 func (r *imageResult) writeRule(w io.Writer) {
 	rule := strings.TrimSuffix(filepath.Base(r.Image), filepath.Ext(r.Image))
-	if r.Release != nil {
-		rule = r.Release.Product + "-image"
-	}
 	fmt.Fprintf(w, "\nA policy that lets programs run from it has, below allow:\n  - rule: %s\n    dmverity: [%s]\n", yamlString(rule), r.Root)
 	fmt.Fprintf(w, "\nOn the host:\n  veritysetup open IMAGE NAME IMAGE %s --hash-offset=%d\n  mount -o ro /dev/mapper/NAME DIR\n", r.Root, r.HashOffset)
 }
 
-type imageVerifyOptions struct{ trust, cert, root string }
+type imageVerifyOptions struct{ trust, record, cert, root string }
 
 func newImageVerifyCommand(e *env) *cobra.Command {
 	var o imageVerifyOptions
@@ -276,21 +185,22 @@ func newImageVerifyCommand(e *env) *cobra.Command {
 		Use:   "verify IMAGE",
 		Short: "Check an image, its root hash and its signatures",
 		Long: `Reads the whole image, computes the hash tree and compares it with the one that is
-there, then compares the root with what is trusted: the release record beside the
-image (--trust), the kernel's signature beside it (--cert), or a hash that is
-given (--root). All that are given must hold. With a policy as --trust it also
+there, then compares the root with what is trusted: the release record
+(--trust), the kernel's signature (--cert), or a hash that is given (--root). The record is IMAGE.release.json unless --release says otherwise,
+the kernel's signature IMAGE.roothash.p7s. All that are given must hold. With a policy as --trust it also
 says whether that policy allows the root; if not, the exit code is 1.
 
 JSON: {"image", "format", "root", "sha256", "size", "data_blocks", "hash_offset",
 "salt", "root_hash_signed_by", "release": {"product",
 "version", "epoch", "identity", "release", "records", "bundle"}, "allowed"}`,
 		Example: `  ringwall image verify edged.img --trust base.yaml
-  ringwall image verify edged.img --trust keys --cert keys/kernel.crt`,
+  ringwall image verify edged.img --trust keys --release edged_4.7.0.release.json --cert keys/kernel.crt`,
 		Args: exactly("IMAGE"),
 		RunE: func(c *cobra.Command, args []string) error { return o.run(c.Context(), e, args[0]) },
 	}
 	f := c.Flags()
 	f.StringVar(&o.trust, "trust", "", "whom to believe about the release: an authority's `DIR`, or a policy's YAML")
+	f.StringVar(&o.record, "release", "", "the release record's `FILE` (default: IMAGE.release.json)")
 	f.StringVar(&o.cert, "cert", "", "certificate of the kernel's signature, in `FILE` (PEM or DER)")
 	f.StringVar(&o.root, "root", "", "the root hash that it must have, as `HEX`")
 	return c
@@ -359,19 +269,22 @@ func (o *imageVerifyOptions) release(out *imageResult, v *image.Checked) error {
 	if err != nil {
 		return err
 	}
-	r, err := loadRelease(out.Image+extRelease, roots)
+	if o.record == "" {
+		o.record = out.Image + extRelease
+	}
+	r, err := loadRelease(o.record, roots)
 	if err != nil {
 		return err
 	}
 	names := func(d [32]byte, root bool) bool {
 		return slices.ContainsFunc(r.Artefacts, func(a codesign.Artefact) bool {
-			return a.Digest == integrity.Digest(d) && strings.HasPrefix(a.Name, rootArtefact) == root
+			return a.Digest == integrity.Digest(d) && strings.HasPrefix(a.Name, signer.RootArtefact) == root
 		})
 	}
 	if !names(v.Root, true) || !names(v.SHA256, false) {
 		return fmt.Errorf("image %s: release %s %s is about another image: %w", out.Image, r.Product, r.Version, errs.Untrusted)
 	}
-	out.Release = newImageRelease(out.Image, r.Release, r.catalogue)
+	out.Release = newImageRelease(o.record, r.Release, r.catalogue)
 	return nil
 }
 

@@ -19,6 +19,7 @@ const (
 	extRelease   = ".release.json"
 	extCatalogue = ".cat"
 	extNames     = ".names"
+	extKernel    = ".kernel.tar" // where there are kernel signatures
 	extPolicy    = ".policy.json"
 )
 

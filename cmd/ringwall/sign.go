@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/gate"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
@@ -26,7 +28,8 @@ type signOptions struct {
 	product, version, revision          string
 	notAfter, ring                      string
 	policy, state, log, tsa, alerts     string
-	evidence, notify                    []string
+	evidence, notify, kernelSignatures  []string
+	kernel                              kernelKeyFlags
 	epoch                               uint32
 	allFiles, force, breakglass         bool
 }
@@ -37,6 +40,7 @@ type signedRelease struct {
 	Bundle    string `json:"bundle"`
 	Catalogue string `json:"catalogue"`
 	Names     string `json:"names"`
+	Kernel    string `json:"kernel,omitempty"`
 }
 
 func newSignCommand(e *env) *cobra.Command {
@@ -53,6 +57,7 @@ over that. Next to each other it writes
   PRODUCT_VERSION.release.json   the signed record, a Sigstore bundle
   PRODUCT_VERSION.cat            the catalogue, which hosts decide by
   PRODUCT_VERSION.names          where each content was found
+  PRODUCT_VERSION.kernel.tar     signatures that kernels check, where asked for
 
 A Debian package gives its own product, version and architecture (the files are
 then PRODUCT_VERSION_ARCH.*). The record also holds the SHA-256 of the artefact;
@@ -65,6 +70,11 @@ policy anything is signed, which is for trying and not for production: nothing
 but the key then stands between a build and the fleet. Where several people
 build, ringwall signer serve keeps the key away from them.
 
+Signatures for kernels (fs-verity, IMA, modules, dm-verity roots, IPE policies)
+are made in the same run if the release policy says kernel_signatures, with
+--kernel-key; the record names the archive that they are in. Of a dm-verity image
+(ringwall image build) the record always names the root.
+
 The signer's identity is what policies allow; unless --identity says otherwise
 it is spiffe://FLEET.internal/build/main, FLEET being the authority's name. The
 epoch is the build's security version: raise it when older builds must stop
@@ -74,8 +84,9 @@ Exit code 1: a gate refused it; 4: a gate waits for evidence, or a file is missi
 
 JSON: {"releases": [{"product", "version", "epoch", "identity", "release",
 "artefact", "sha256", "architecture", "files", "code", "records", "kinds": {KIND:
-COUNT}, "decision", "bundle", "catalogue", "names"}]}; decision is that of
-ringwall gate check, and is left out without a policy`,
+COUNT}, "decision", "kernel_signatures": {FORM: COUNT}, "bundle", "catalogue",
+"names", "kernel"}]}; decision is that of ringwall gate check, and is left out
+without a policy`,
 		Example: `  ringwall sign edged_4.7.0-1_amd64.deb --keys keys --release-policy edged-release.yaml --evidence evidence
   ringwall sign ./dist --keys keys --product edged --version 4.7.0 --epoch 12 --revision "$(git rev-parse HEAD)"
   ringwall sign *.deb --keys keys --out releases --passphrase-file /run/secrets/pass`,
@@ -106,12 +117,24 @@ ringwall gate check, and is left out without a policy`,
 	f.StringVar(&o.state, "state", "", "keep the highest epoch of each product in `DIR`")
 	f.StringVar(&o.log, "log", "", "append the signature to the transparency log in `DIR`")
 	f.StringVar(&o.tsa, "tsa", "", "timestamp authority's `URL` (default: the authority's own)")
+	f.StringVar(&o.kernel.file, "kernel-key", "", "the key of kernel signatures in `FILE`.key, its certificate in FILE.crt beside it")
+	f.StringVar(&o.kernel.passphraseFile, "kernel-passphrase-file", "", "read the passphrase of --kernel-key from `FILE`")
+	f.StringSliceVar(&o.kernelSignatures, "kernel-signatures", nil, "without a release policy: make these `FORMS` ("+strings.Join(kernelForms(), ", ")+")")
 	f.StringVar(&o.out, "out", ".", "write the files into `DIR`")
 	f.BoolVar(&o.force, "force", false, "overwrite files that are there already")
 	require(c, "keys")
+	complete(c, "kernel-signatures", kernelForms()...)
 	_ = c.MarkFlagDirname("keys")
 	_ = c.MarkFlagDirname("out")
 	return c
+}
+
+func kernelForms() []string {
+	var out []string
+	for _, k := range gate.KernelSignatures() {
+		out = append(out, string(k))
+	}
+	return out
 }
 
 // order is what the flags ask for, for one artefact.
@@ -128,6 +151,12 @@ func (o *signOptions) order(e *env) (signer.Order, error) {
 			return r, usage(fmt.Errorf("--not-after %s has passed", o.notAfter))
 		}
 	}
+	for _, k := range o.kernelSignatures {
+		if !slices.Contains(kernelForms(), k) {
+			return r, usage(fmt.Errorf("--kernel-signatures %q: want some of %s", k, strings.Join(kernelForms(), ", ")))
+		}
+		r.KernelSignatures = append(r.KernelSignatures, gate.KernelSignature(k))
+	}
 	var err error
 	r.Evidence, err = signer.LoadEvidence(o.evidence)
 	return r, err
@@ -139,6 +168,8 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) (err erro
 		return usage(errors.New("--product and --version are for one build, and several are given"))
 	case o.policy == "" && (len(o.evidence) > 0 || o.ring != "" || o.breakglass):
 		return usage(errors.New("--evidence, --ring and --breakglass need --release-policy"))
+	case o.policy != "" && len(o.kernelSignatures) > 0:
+		return usage(errors.New("--kernel-signatures is for trying without a release policy; in one, kernel_signatures says which"))
 	case o.breakglass && o.alerts == "":
 		return usage(errors.New("--breakglass needs --alerts: it is never quiet"))
 	}
@@ -171,7 +202,7 @@ func (o *signOptions) run(ctx context.Context, e *env, paths []string) (err erro
 		}
 		r := signedRelease{Result: signed.Describe()}
 		out.Releases = append(out.Releases, r)
-		if failed = out.Releases[len(out.Releases)-1].save(o.out, o.force, signed.Bundle, signed.Built.Catalogue, signed.Built.Names); failed != nil {
+		if failed = out.Releases[len(out.Releases)-1].save(o.out, o.force, releaseFiles{signed.Bundle, signed.Built.Catalogue, signed.Built.Names, signed.KernelArchive()}); failed != nil {
 			out.Releases = out.Releases[:len(out.Releases)-1]
 			failed = fmt.Errorf("sign %s: %w", p, failed)
 			break
@@ -209,6 +240,14 @@ func (o *signOptions) signer(e *env) (s *signer.Signer, closeAll func() error, e
 	s = &signer.Signer{Issuer: a, Identity: o.identity, Now: e.now, Open: openInput(e)}
 	if s.Identity == "" {
 		s.Identity = defaultIdentity(a, pki.PurposeBuild)
+	}
+	s.Volume = measureVolume
+	if o.kernel.file != "" {
+		k, err := o.kernel.load(e)
+		if err != nil {
+			return nil, nil, err
+		}
+		s.Kernel = &signer.KernelKey{Key: k.key, Cert: k.cert}
 	}
 	if o.policy != "" {
 		if s.Policies, err = openPolicies(o.policy); err != nil {
@@ -272,22 +311,41 @@ func signHint(err error) error {
 	return err
 }
 
-// save writes the record last: where it is, the other two are.
-func (r *signedRelease) save(dir string, force bool, bundle, catalogue, names []byte) error {
+// releaseFiles are what a signature consists of; kernel may be empty.
+type releaseFiles struct{ bundle, catalogue, names, kernel []byte }
+
+// save writes the record last: where it is, the others are.
+func (r *signedRelease) save(dir string, force bool, files releaseFiles) error {
 	stem := filepath.Join(dir, releaseStem(r.Product, r.Version, r.Architecture))
 	r.Bundle, r.Catalogue, r.Names = stem+extRelease, stem+extCatalogue, stem+extNames
-	for _, f := range []string{r.Bundle, r.Catalogue, r.Names} {
+	if len(files.kernel) > 0 {
+		r.Kernel = stem + extKernel
+	}
+	for _, f := range r.files() {
 		if !force && exists(f) {
 			return hint(fmt.Errorf("%s is there already: %w", f, errs.Conflict), "--force overwrites it, --out chooses another directory")
 		}
 	}
-	if err := host.WriteFile(r.Catalogue, catalogue, 0o644); err != nil {
+	if r.Kernel != "" {
+		if err := host.WriteFile(r.Kernel, files.kernel, 0o644); err != nil {
+			return err
+		}
+	}
+	if err := host.WriteFile(r.Catalogue, files.catalogue, 0o644); err != nil {
 		return err
 	}
-	if err := host.WriteFile(r.Names, names, 0o644); err != nil {
+	if err := host.WriteFile(r.Names, files.names, 0o644); err != nil {
 		return err
 	}
-	return host.WriteFile(r.Bundle, bundle, 0o644)
+	return host.WriteFile(r.Bundle, files.bundle, 0o644)
+}
+
+func (r *signedRelease) files() []string {
+	out := []string{r.Bundle, r.Catalogue, r.Names}
+	if r.Kernel != "" {
+		out = append(out, r.Kernel)
+	}
+	return out
 }
 
 // releaseStem is the file name of a release without its ending. What could
@@ -326,7 +384,14 @@ func (r *signedRelease) write(w io.Writer) {
 	} else if d != nil {
 		fmt.Fprintf(w, "  %d checks passed, revision %s, for ring %s\n", len(d.Results), d.Revision, d.Ring)
 	}
-	for _, f := range []string{r.Bundle, r.Catalogue, r.Names} {
+	if n := r.KernelSignatures; n != nil {
+		fmt.Fprint(w, "  for kernels:")
+		for _, f := range slices.Sorted(maps.Keys(n)) {
+			fmt.Fprintf(w, " %s %d", f, n[f])
+		}
+		fmt.Fprintln(w)
+	}
+	for _, f := range r.files() {
 		fmt.Fprintf(w, "  %s\n", shown(f))
 	}
 }

@@ -121,6 +121,7 @@ clients:
 #passphrase_file: /run/credentials/passphrase
 policies: policies # a release policy for each product, *.yaml
 state: state # epochs, audit, alerts, spool
+#kernel_key: ../kernel/kernel # kernel.key and kernel.crt, for release policies with kernel_signatures
 #notify: [/usr/local/bin/page, --urgent] # gets every alert on its standard input
 `
 }
@@ -160,7 +161,7 @@ directory at a time.`,
 func serveSigner(ctx context.Context, e *env, cfg *signer.Config, check bool) (err error) {
 	parts := signOptions{
 		keys: cfg.Keys, passphraseFile: cfg.PassphraseFile, identity: cfg.Identity, policy: cfg.Policies, state: cfg.State,
-		log: cfg.Log, tsa: cfg.TSA, alerts: filepath.Join(cfg.State, "alerts.jsonl"), notify: cfg.Notify,
+		kernel: kernelKeyFlags{file: cfg.KernelKey, passphraseFile: cfg.KernelPassphraseFile}, log: cfg.Log, tsa: cfg.TSA, alerts: filepath.Join(cfg.State, "alerts.jsonl"), notify: cfg.Notify,
 	}
 	if err := os.MkdirAll(cfg.State, 0o700); err != nil {
 		return err
@@ -289,7 +290,7 @@ func (o *submitOptions) submit(ctx context.Context, e *env, path string) error {
 		return err
 	}
 	r := signedRelease{Result: answer.Result}
-	if err := r.save(o.out, o.force, answer.Bundle, answer.Catalogue, answer.Names); err != nil {
+	if err := r.save(o.out, o.force, releaseFiles{answer.Bundle, answer.Catalogue, answer.Names, answer.Kernel}); err != nil {
 		return err
 	}
 	return e.emit(struct {
@@ -327,6 +328,9 @@ func verifyAnswer(a *signer.Answer, trust string) error {
 		return err
 	}
 	if _, err := r.VerifyNames(a.Names, c); err != nil {
+		return err
+	}
+	if err := signer.VerifyKernelSignatures(r, a.Kernel); err != nil {
 		return err
 	}
 	if r.Record.String() != a.Result.Release || r.Product != a.Result.Product || r.Version != a.Result.Version {

@@ -274,7 +274,9 @@ func contents(c *codesign.Catalogue, t *codesign.NameTable) map[string]string {
 			what += ", " + f
 		}
 		for _, n := range t.Names[i] {
-			add(n.Location(), what)
+			if n.Origin != codesign.OriginSigned { // no part of the artefact
+				add(n.Location(), what)
+			}
 		}
 	}
 	for _, n := range t.Others {

@@ -10,6 +10,7 @@ import (
 	"ringwall/internal/control"
 	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
+	"ringwall/internal/image"
 	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
 	"ringwall/internal/signer"
@@ -59,6 +60,21 @@ func openInput(e *env) func(ctx context.Context, path string) (signer.Input, err
 		}
 		return signerInput{a}, nil
 	}
+}
+
+// measureVolume reads a dm-verity image to its end; nil: it is none.
+func measureVolume(ctx context.Context, path string) (*signer.Volume, error) {
+	if st, err := os.Stat(path); err != nil || !st.Mode().IsRegular() {
+		return nil, nil //nolint:nilnil,nilerr // a directory, or an image in a registry
+	}
+	if _, err := image.Open(path); errors.Is(err, errs.Invalid) {
+		return nil, nil //nolint:nilnil // no image, as Signer.Volume has it
+	}
+	v, err := image.Check(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return &signer.Volume{Root: v.Root, SHA256: v.SHA256}, nil
 }
 
 // openPolicies takes one release policy, or a directory of them.

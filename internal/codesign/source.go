@@ -28,6 +28,10 @@ type Member struct {
 	Alone   bool              // no later member is a hard link to it
 }
 
+// OriginSigned is the origin of kernel modules with the signature that the
+// signer made in the same run. They are no part of the artefact.
+const OriginSigned = "signed for the kernel"
+
 // Source yields the members of an artefact, each path of an origin once, with
 // the content of regular files. It yields every member or an error. A Source made from a
 // stream can be walked once.

@@ -589,7 +589,7 @@ func (j *judge) removed() {
 	}
 	for i, rec := range j.signed.catalogue.All() {
 		for _, n := range j.signed.table.Names[i] {
-			if !have[n.Path] && rec.Flags&codesign.FlagInner == 0 {
+			if !have[n.Path] && rec.Flags&codesign.FlagInner == 0 && n.Origin != codesign.OriginSigned {
 				f.Members = append(f.Members, MemberRef{Paths: []string{n.Path}, SHA256: rec.Digest.String(), Origin: n.Origin})
 			}
 		}

@@ -40,6 +40,8 @@ type Policy struct {
 	Attesters  []Attester
 	Gates      []Gate
 	Breakglass *Breakglass // nil: there is none for this product
+	// KernelSignatures are made in the same run as the release.
+	KernelSignatures []KernelSignature
 }
 
 // Attester is somebody whose word can count: a name for an identity, or for a
@@ -125,6 +127,7 @@ func (d *document) policy(n *yaml.Node) {
 		strictyaml.Required("attesters", keep(&attesters)),
 		strictyaml.Required("gates", keep(&gates)),
 		strictyaml.Optional("breakglass", keep(&breakglass)),
+		strictyaml.Optional("kernel_signatures", d.kernelSignatures),
 	})
 	if attesters == nil || gates == nil {
 		return

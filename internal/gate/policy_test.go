@@ -45,6 +45,8 @@ func TestParsePolicy_problems(t *testing.T) {
 		"unknown ring":         {"ring: canary", "ring: moon", "breakglass.ring", "one of canary"},
 		"custom of a kind":     {"type: \"https://licences.example/v1\"", "type: \"https://slsa.dev/provenance/v1\"", "gates[7].type", "kind: provenance"},
 		"provenance of source": {"kind: provenance,", "kind: provenance, about: source,", "gates[4]", "remove"},
+		"kernel signature":     {"[fsverity, roothash]", "[fsverty]", "kernel_signatures[0]", "did you mean fsverity?"},
+		"signed twice":         {"[fsverity, roothash]", "[ima, ima]", "kernel_signatures[1]", "there already"},
 		"certificate":          {"-----BEGIN", "-----BEGUN", "trust.authorities[0].certificate", "paste"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -117,6 +119,8 @@ func TestSchema(t *testing.T) {
 		{"max_age: 24h", "max_age: 1y"},
 		{", properties: [RINGWALL_CSV_PASSED]", ""},
 		{"medium: 1", "mediun: 1"},
+		{"[fsverity, roothash]", "[fsverity, fsverty]"},
+		{"[fsverity, roothash]", "[]"},
 	} {
 		if check(strings.Replace(good, edit[0], edit[1], 1)) == nil {
 			t.Errorf("the schema takes %s", edit[1])

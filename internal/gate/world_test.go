@@ -76,6 +76,7 @@ breakglass:
   approvers: [ann, bob]
   ring: canary
   max_time: 8h
+kernel_signatures: [fsverity, roothash]
 `, indent(pki.EncodeCertificate(w.Issuers[pki.PurposeAttest].Cert), 8), indent(pki.EncodeCertificate(w.TSA.Cert), 8), gates)
 }
 

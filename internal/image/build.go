@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 
-	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 )
 
@@ -34,22 +33,14 @@ type Options struct {
 	Compress bool   // EROFS: LZ4; squashfs: zstd
 	Time     int64  // of every file, in seconds since 1970
 	Salt     []byte // of the hash tree; without one, equal content gives equal roots
-	AllFiles bool   // list data files in the catalogue, too
 	TempDir  string // for a copy of the content; empty: beside the image
-}
-
-// Built is a new image.
-type Built struct {
-	Checked
-	// Catalogue and Names are those of what is in the image.
-	Catalogue *codesign.Built
 }
 
 // Build makes an image of a directory or a tar archive (plain, gzip, xz, zstd,
 // bzip2). The same content, with the same version of mkfs.erofs or mksquashfs,
 // gives the same bytes: owners, times and order of the source do not count.
 // Nothing may be at path; after an error nothing is.
-func Build(ctx context.Context, source, path string, o Options) (*Built, error) {
+func Build(ctx context.Context, source, path string, o Options) (*Checked, error) {
 	b, err := build(ctx, source, path, o)
 	if err != nil {
 		return nil, fmt.Errorf("build image %s: %w", path, err)
@@ -57,7 +48,7 @@ func Build(ctx context.Context, source, path string, o Options) (*Built, error) 
 	return b, nil
 }
 
-func build(ctx context.Context, source, path string, o Options) (_ *Built, err error) {
+func build(ctx context.Context, source, path string, o Options) (_ *Checked, err error) {
 	if o.Format == "" {
 		o.Format = EROFS
 	}
@@ -83,10 +74,6 @@ func build(ctx context.Context, source, path string, o Options) (_ *Built, err e
 	if err != nil {
 		return nil, err
 	}
-	out := &Built{}
-	if out.Catalogue, err = codesign.Build(codesign.DirSource(os.DirFS(tree)), codesign.Options{AllFiles: o.AllFiles}); err != nil {
-		return nil, err
-	}
 	if err := makeFS(ctx, o, identity, tree, file); err != nil {
 		return nil, err
 	}
@@ -94,11 +81,10 @@ func build(ctx context.Context, source, path string, o Options) (_ *Built, err e
 		return nil, err
 	}
 	// what is reported is what is on disk
-	c, err := Check(ctx, file)
+	out, err := Check(ctx, file)
 	if err != nil {
 		return nil, err
 	}
-	out.Checked = *c
 	if err := os.Chmod(file, 0o644); err != nil { //nolint:gosec // what is published
 		return nil, err
 	}

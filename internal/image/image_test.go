@@ -18,7 +18,6 @@ import (
 	"strings"
 	"testing"
 
-	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
 	"ringwall/internal/image"
 )
@@ -146,7 +145,7 @@ func formats() map[string]image.Options {
 	}
 }
 
-func build(t testing.TB, from, to string, o image.Options) *image.Built {
+func build(t testing.TB, from, to string, o image.Options) *image.Checked {
 	t.Helper()
 	if o.Format == image.Squashfs {
 		tool(t, "mksquashfs")
@@ -173,9 +172,6 @@ func TestBuild_reproducible(t *testing.T) {
 				got := build(t, from, filepath.Join(dir, fmt.Sprint(i, ".img")), o)
 				if got.SHA256 != want.SHA256 || got.Root != want.Root {
 					t.Errorf("%s: another image", from)
-				}
-				if !bytes.Equal(got.Catalogue.Catalogue, want.Catalogue.Catalogue) || !bytes.Equal(got.Catalogue.Names, want.Catalogue.Names) {
-					t.Errorf("%s: another catalogue", from)
 				}
 			}
 			if err := os.WriteFile(filepath.Join(two, "bin/run"), []byte("#!/bin/sh\n"), 0o755); err != nil {
@@ -289,16 +285,6 @@ func TestBuild_tools(t *testing.T) {
 				t.Errorf("%+v %v", c, err)
 			}
 		})
-	}
-}
-
-func TestBuild_catalogue(t *testing.T) {
-	dir := t.TempDir()
-	from := source(t, filepath.Join(dir, "from"), false)
-	b := build(t, from, filepath.Join(dir, "img"), image.Options{})
-	want, err := codesign.Build(codesign.DirSource(os.DirFS(from)), codesign.Options{})
-	if err != nil || !bytes.Equal(b.Catalogue.Catalogue, want.Catalogue) {
-		t.Errorf("the catalogue is not that of the directory (%v)", err)
 	}
 }
 

@@ -56,6 +56,7 @@ type Answer struct {
 	Bundle    []byte
 	Catalogue []byte
 	Names     []byte
+	Kernel    []byte // an archive of kernel signatures; empty: none
 }
 
 // Submit sends the artefact at o.Path, a file, and waits for its release. sent
@@ -156,7 +157,7 @@ func readAnswer(resp *http.Response) (*Answer, error) {
 		to    *[]byte
 		limit int64
 	}{
-		{partResult, &result, maxResult}, {partCatalogue, &a.Catalogue, maxCatalogue}, {partNames, &a.Names, maxCatalogue}, {partRelease, &a.Bundle, maxBundle},
+		{partResult, &result, maxResult}, {partCatalogue, &a.Catalogue, maxCatalogue}, {partNames, &a.Names, maxCatalogue}, {partKernel, &a.Kernel, maxKernelWire}, {partRelease, &a.Bundle, maxBundle},
 	} {
 		p, err := parts.NextPart()
 		if err != nil {

@@ -29,6 +29,9 @@ type Config struct {
 	TSA            string // URL of a timestamp authority; empty: the authority's own
 	Log            string // directory of the transparency log; empty: none
 
+	KernelKey            string // FILE of FILE.key and FILE.crt, for signatures that kernels check; empty: none are made
+	KernelPassphraseFile string // of that key; empty: none
+
 	Policies string   // directory of release policies
 	State    string   // directory for epochs, the audit and alerts
 	Notify   []string // command that is told of alerts on its standard input; empty: none
@@ -112,6 +115,8 @@ func (d *configReader) config(n *yaml.Node, c *Config) {
 		strictyaml.Optional("identity", func(n *yaml.Node, where string) { c.Identity = d.uri(n, where) }),
 		strictyaml.Optional("tsa", func(n *yaml.Node, where string) { c.TSA = d.uri(n, where) }),
 		strictyaml.Optional("log", d.path(&c.Log)),
+		strictyaml.Optional("kernel_key", d.path(&c.KernelKey)),
+		strictyaml.Optional("kernel_passphrase_file", d.path(&c.KernelPassphraseFile)),
 		strictyaml.Required("policies", d.path(&c.Policies)),
 		strictyaml.Required("state", d.path(&c.State)),
 		strictyaml.Optional("notify", func(n *yaml.Node, where string) {

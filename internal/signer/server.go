@@ -184,7 +184,7 @@ func built(s *Signed) int {
 	if s == nil || s.Built == nil {
 		return 0
 	}
-	return len(s.Built.Catalogue) + len(s.Built.Names)
+	return len(s.Built.Catalogue) + len(s.Built.Names) + len(s.KernelArchive())
 }
 
 func newID() string {

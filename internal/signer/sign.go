@@ -62,6 +62,10 @@ type Signer struct {
 	Stamper  pki.Stamper                                           // nil: the issuer's own
 	Log      pki.Recorder                                          // nil: the issuer's own, if it has one
 	Now      func() time.Time
+	Kernel   *KernelKey // nil: no kernel signatures are made
+	// Volume measures a dm-verity image; nil, nil for what is none. The field may
+	// be nil: then images are files like others.
+	Volume func(ctx context.Context, path string) (*Volume, error)
 	// Audit is told what is about to be signed, before the key is touched. An
 	// error stops it. nil: nobody asks.
 	Audit func(context.Context, Entry) error
@@ -90,6 +94,8 @@ type Order struct {
 	// Ungated signs a product that has no release policy. Never for production;
 	// a Server refuses it.
 	Ungated bool `json:"-"`
+	// KernelSignatures are what an ungated order asks for; otherwise the policy says.
+	KernelSignatures []gate.KernelSignature `json:"-"`
 
 	Evidence []Evidence `json:"-"`
 	Client   string     `json:"-"` // who asks, for the audit
@@ -111,6 +117,10 @@ type Signed struct {
 	SHA256       integrity.Digest
 	Architecture string
 	Decision     *gate.Decision // nil: there was no policy
+	// Kernel are the signatures for kernels; nil: none were asked for.
+	Kernel *KernelSignatures
+
+	forms []gate.KernelSignature // that were asked for
 }
 
 // Refused is a build that its gates do not let through. It is an errs.Denied
@@ -151,25 +161,26 @@ func (r *Refused) Unwrap() error { return errs.Denied }
 
 // Entry is what an audit needs to know of a request.
 type Entry struct {
-	Time       time.Time  `json:"time"`
-	Event      string     `json:"event"` // asked, signing, signed, refused, failed, breakglass
-	ID         string     `json:"id"`
-	Client     string     `json:"client"`
-	Product    string     `json:"product"`
-	Version    string     `json:"version,omitempty"`
-	Epoch      uint32     `json:"epoch"`
-	Revision   string     `json:"revision,omitempty"`
-	Ring       string     `json:"ring,omitempty"`
-	Artefact   string     `json:"artefact,omitempty"` // SHA-256
-	Policy     string     `json:"policy,omitempty"`   // SHA-256
-	State      gate.State `json:"state,omitempty"`
-	Codes      []string   `json:"codes,omitempty"` // gate=code of what is not passed
-	Release    string     `json:"release,omitempty"`
-	LogEntry   string     `json:"log_entry,omitempty"`  // what stands in a transparency log, for its monitor
-	Breakglass string     `json:"breakglass,omitempty"` // the reason
-	Approvers  []string   `json:"approvers,omitempty"`
-	NotAfter   time.Time  `json:"not_after,omitzero"`
-	Error      string     `json:"error,omitempty"`
+	Time       time.Time              `json:"time"`
+	Event      string                 `json:"event"` // asked, signing, signed, refused, failed, breakglass
+	ID         string                 `json:"id"`
+	Client     string                 `json:"client"`
+	Product    string                 `json:"product"`
+	Version    string                 `json:"version,omitempty"`
+	Epoch      uint32                 `json:"epoch"`
+	Revision   string                 `json:"revision,omitempty"`
+	Ring       string                 `json:"ring,omitempty"`
+	Artefact   string                 `json:"artefact,omitempty"` // SHA-256
+	Policy     string                 `json:"policy,omitempty"`   // SHA-256
+	State      gate.State             `json:"state,omitempty"`
+	Codes      []string               `json:"codes,omitempty"` // gate=code of what is not passed
+	Release    string                 `json:"release,omitempty"`
+	LogEntry   string                 `json:"log_entry,omitempty"`  // what stands in a transparency log, for its monitor
+	Breakglass string                 `json:"breakglass,omitempty"` // the reason
+	Approvers  []string               `json:"approvers,omitempty"`
+	NotAfter   time.Time              `json:"not_after,omitzero"`
+	Kernel     []gate.KernelSignature `json:"kernel_signatures,omitempty"` // what was asked for
+	Error      string                 `json:"error,omitempty"`
 }
 
 // Sign signs one build, or returns a *Refused. Errors are errs.Invalid for an
@@ -205,6 +216,9 @@ func (s *Signer) Sign(ctx context.Context, o Order) (*Signed, error) {
 	out := &Signed{Built: built, Artefact: o.Name, SHA256: in.Digest(), Architecture: architecture, Decision: decision}
 	if decision != nil && decision.State != gate.Pass {
 		return out, &Refused{Product: o.Product, Artefact: out.SHA256, Decision: decision}
+	}
+	if out.forms, err = s.forms(&o, policy); err != nil {
+		return out, err
 	}
 	return out, s.sign(ctx, &o, policy, out)
 }
@@ -295,7 +309,7 @@ func Decide(p *gate.Policy, r gate.Request, bundles []Evidence, breakglass bool,
 	return d
 }
 
-// sign is the only place that touches a key.
+// sign is the only place that touches a key, with kernel, which it calls.
 func (s *Signer) sign(ctx context.Context, o *Order, policy *gate.Policy, out *Signed) error {
 	info := codesign.ReleaseInfo{
 		Product: o.Product, Version: o.Version, Epoch: o.Epoch, Revision: o.Revision, NotAfter: o.NotAfter,
@@ -326,6 +340,9 @@ func (s *Signer) sign(ctx context.Context, o *Order, policy *gate.Policy, out *S
 		}
 	}
 	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := s.kernel(ctx, o, out, &info); err != nil {
 		return err
 	}
 	purpose, life := pki.PurposeBuild, time.Duration(0)
@@ -382,7 +399,7 @@ func (s *Signer) Entry(event string, o *Order, out *Signed) Entry {
 	if out == nil {
 		return e
 	}
-	e.Artefact = out.SHA256.String()
+	e.Artefact, e.Kernel = out.SHA256.String(), out.forms
 	if out.Release != nil {
 		e.Release, e.Product, e.Version = out.Release.Record.String(), out.Release.Product, out.Release.Version
 	}

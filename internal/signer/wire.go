@@ -18,8 +18,8 @@ import (
 // The protocol, version 1. A request is multipart/form-data: the order as JSON,
 // then evidence, then the artefact, in this order, so that a request that will
 // be refused is refused before the artefact is sent. The answer is
-// multipart/mixed: the result as JSON, then the three files of a release; or an
-// error as JSON.
+// multipart/mixed: the result as JSON, then the files of a release, of which the
+// kernel signatures may be empty; or an error as JSON.
 const (
 	pathSign      = "/v1/sign"
 	partOrder     = "order"
@@ -29,13 +29,16 @@ const (
 	partRelease   = "release"
 	partCatalogue = "catalogue"
 	partNames     = "names"
+	partKernel    = "kernel"
 
 	maxOrder     = 64 << 10
 	maxResult    = 4 << 20
 	maxBundle    = 1 << 20
 	maxCatalogue = 320 << 20
-	typeJSON     = "application/json"
-	typeBytes    = "application/octet-stream"
+	// maxKernel is of what is in a tar archive, which adds two blocks at most to each file
+	maxKernelWire = maxKernel + maxKernelFiles<<10 + 1<<20
+	typeJSON      = "application/json"
+	typeBytes     = "application/octet-stream"
 )
 
 // Result is what a signature was given for.
@@ -53,6 +56,8 @@ type Result struct {
 	Records      int            `json:"records"`
 	Kinds        map[string]int `json:"kinds"`
 	Decision     *gate.Decision `json:"decision,omitempty"`
+	// KernelSignatures are how many of each kind were made; nil: none were asked for.
+	KernelSignatures map[gate.KernelSignature]int `json:"kernel_signatures,omitempty"`
 }
 
 // Describe returns the result of a signature.
@@ -62,12 +67,26 @@ func (s *Signed) Describe() Result {
 		Artefact: s.Artefact, SHA256: s.SHA256.String(), Architecture: s.Architecture,
 		Files: s.Built.Files, Code: s.Built.Code, Records: s.Built.Records, Kinds: map[string]int{}, Decision: s.Decision,
 	}
+	if s.Kernel != nil {
+		r.KernelSignatures = map[gate.KernelSignature]int{}
+		for _, f := range s.forms { // also what nothing fitted
+			r.KernelSignatures[f] = s.Kernel.Count[f]
+		}
+	}
 	for _, k := range integrity.Kinds() {
 		if n := s.Built.Kinds[k]; n > 0 {
 			r.Kinds[k.String()] = n
 		}
 	}
 	return r
+}
+
+// KernelArchive is the archive of kernel signatures; empty: there is none.
+func (s *Signed) KernelArchive() []byte {
+	if s.Kernel == nil {
+		return nil
+	}
+	return s.Kernel.Archive
 }
 
 // problem is an error on the wire.
@@ -148,7 +167,7 @@ func sendSigned(w http.ResponseWriter, s *Signed) error {
 		name string
 		data []byte
 	}{
-		{partResult, result}, {partCatalogue, s.Built.Catalogue}, {partNames, s.Built.Names}, {partRelease, s.Bundle},
+		{partResult, result}, {partCatalogue, s.Built.Catalogue}, {partNames, s.Built.Names}, {partKernel, s.KernelArchive()}, {partRelease, s.Bundle},
 	} {
 		if err := addPart(m, f.name, "", f.data); err != nil {
 			return fmt.Errorf("answer: %w", err)

@@ -117,7 +117,7 @@ func (b *bench) images(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	build := func(name string) *image.Built {
+	build := func(name string) *image.Checked {
 		// another file for each, so that nothing else vouches for it
 		program := b.write(t, name+".d/bin/hello", append(bytes.Clone(hello), name...))
 		if err := os.Chmod(program, 0o755); err != nil {
