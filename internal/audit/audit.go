@@ -10,6 +10,7 @@ package audit
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -17,6 +18,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -128,6 +132,23 @@ type Checkpoint struct {
 	Hash Hash   `json:"hash"`
 }
 
+// String is the form that people keep: NUMBER:HASH. It is also the record's
+// leaf in the published log: the hash stands for all that the record says and
+// for every record before it, so that the log can be shown to anybody.
+func (c Checkpoint) String() string { return strconv.FormatUint(c.Seq, 10) + ":" + c.Hash.String() }
+
+// ParseCheckpoint reads what String gives.
+func ParseCheckpoint(s string) (Checkpoint, error) {
+	var c Checkpoint
+	number, hash, ok := strings.Cut(s, ":")
+	n, err := strconv.ParseUint(number, 10, 63)
+	if !ok || err != nil || c.Hash.UnmarshalText([]byte(hash)) != nil {
+		return c, fmt.Errorf("checkpoint %.100q: want NUMBER:HASH: %w", s, errs.Invalid)
+	}
+	c.Seq = n
+	return c, nil
+}
+
 // Checkpoint is the chain's end after r.
 func (r *Record) Checkpoint() Checkpoint { return Checkpoint{r.Seq, r.Hash} }
 
@@ -153,6 +174,7 @@ type Report struct {
 	From    uint64     `json:"from"` // first record; 0: there is none
 	To      Checkpoint `json:"to"`
 	Refused int        `json:"refused"` // how many of them are refusals
+	Signed  uint64     `json:"signed"`  // how many a signed checkpoint is about
 }
 
 // Verify reads records, a JSON object a line as an export has them, and checks
@@ -161,53 +183,121 @@ type Report struct {
 // that was cut off or written anew is found. The error is errs.Untrusted for a
 // chain that is broken, errs.Invalid for lines that are none.
 func Verify(in io.Reader, from Checkpoint, kept ...Checkpoint) (*Report, error) {
-	rep := &Report{To: from}
-	open := map[uint64]Hash{}
-	for _, k := range kept {
-		if h, ok := open[k.Seq]; ok && h != k.Hash {
-			return rep, fmt.Errorf("audit: two checkpoints of record %d differ: the chain was written twice: %w", k.Seq, errs.Untrusted)
-		}
-		open[k.Seq] = k.Hash
+	v := verification{rep: &Report{To: from}, open: map[uint64]Hash{}}
+	err := v.expect(kept)
+	if err == nil {
+		err = v.meet(from)
 	}
-	meet := func(c Checkpoint) error {
-		h, ok := open[c.Seq]
-		delete(open, c.Seq)
-		if ok && h != c.Hash {
-			return fmt.Errorf("record %d is not the one of the checkpoint: the chain was written anew: %w", c.Seq, errs.Untrusted)
+	return v.finish(in, err)
+}
+
+// VerifySigned is Verify of a whole chain, from its first record on, against
+// checkpoints of the log that it was published in: the records must be what the
+// log's key signed, all of them, in their order. That the signatures are good is
+// for the caller to have checked. Records that are newer than the checkpoints
+// may follow.
+func VerifySigned(in io.Reader, signed []pki.Checkpoint, kept ...Checkpoint) (*Report, error) {
+	v := verification{rep: &Report{}, open: map[uint64]Hash{}, signed: slices.Clone(signed), tree: &pki.Frontier{}}
+	slices.SortFunc(v.signed, func(a, b pki.Checkpoint) int { return cmp.Compare(a.Size, b.Size) })
+	err := v.expect(kept)
+	if err == nil {
+		err = v.compare()
+	}
+	return v.finish(in, err)
+}
+
+// verification is one under way.
+type verification struct {
+	rep    *Report
+	open   map[uint64]Hash  // checkpoints that were not met yet
+	tree   *pki.Frontier    // of the published log, if that is asked
+	signed []pki.Checkpoint // by size; those that were not reached yet
+}
+
+func (v *verification) expect(kept []Checkpoint) error {
+	for _, k := range kept {
+		if h, ok := v.open[k.Seq]; ok && h != k.Hash {
+			return fmt.Errorf("two checkpoints of record %d differ: the chain was written twice: %w", k.Seq, errs.Untrusted)
 		}
+		v.open[k.Seq] = k.Hash
+	}
+	return nil
+}
+
+func (v *verification) meet(c Checkpoint) error {
+	h, ok := v.open[c.Seq]
+	delete(v.open, c.Seq)
+	if ok && h != c.Hash {
+		return fmt.Errorf("record %d is not the one of the checkpoint: the chain was written anew: %w", c.Seq, errs.Untrusted)
+	}
+	return nil
+}
+
+// compare holds the tree so far against the signed checkpoints of its size.
+func (v *verification) compare() error {
+	for len(v.signed) > 0 && v.signed[0].Size == v.tree.Size {
+		if v.signed[0].Root != v.tree.Root() {
+			return fmt.Errorf("the first %d records are not those that were published: %w", v.tree.Size, errs.Untrusted)
+		}
+		v.rep.Signed, v.signed = v.tree.Size, v.signed[1:]
+	}
+	return nil
+}
+
+func (v *verification) record(line []byte) error {
+	rep := v.rep
+	var r Record
+	if err := pki.UnmarshalStrict(line, &r, maxLine); err != nil {
+		return fmt.Errorf("the line after record %d: %w", rep.To.Seq, err)
+	}
+	if err := errors.Join(r.Follows(rep.To), v.meet(r.Checkpoint())); err != nil {
+		return err
+	}
+	if rep.Records == 0 {
+		rep.From = r.Seq
+	}
+	rep.Records, rep.To = rep.Records+1, r.Checkpoint()
+	if r.Outcome == Refused {
+		rep.Refused++
+	}
+	if v.tree == nil {
 		return nil
 	}
-	if err := meet(from); err != nil {
-		return rep, fmt.Errorf("audit: %w", err)
+	v.tree.Add(pki.LeafHash([]byte(rep.To.String())))
+	return v.compare()
+}
+
+func (v *verification) finish(in io.Reader, err error) (*Report, error) {
+	if err == nil {
+		err = v.run(in)
 	}
+	if err != nil {
+		err = fmt.Errorf("audit: %w", err)
+	}
+	return v.rep, err
+}
+
+func (v *verification) run(in io.Reader) error {
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, maxLine)
 	for lines.Scan() {
-		var r Record
-		if err := pki.UnmarshalStrict(lines.Bytes(), &r, maxLine); err != nil {
-			return rep, fmt.Errorf("audit: the line after record %d: %w", rep.To.Seq, err)
-		}
-		if err := errors.Join(r.Follows(rep.To), meet(r.Checkpoint())); err != nil {
-			return rep, fmt.Errorf("audit: %w", err)
-		}
-		if rep.Records == 0 {
-			rep.From = r.Seq
-		}
-		rep.Records, rep.To = rep.Records+1, r.Checkpoint()
-		if r.Outcome == Refused {
-			rep.Refused++
+		if err := v.record(lines.Bytes()); err != nil {
+			return err
 		}
 	}
 	if err := lines.Err(); err != nil {
 		if errors.Is(err, bufio.ErrTooLong) {
 			err = fmt.Errorf("longer than %d bytes: %w", maxLine, errs.Invalid)
 		}
-		return rep, fmt.Errorf("audit: the line after record %d: %w", rep.To.Seq, err)
+		return fmt.Errorf("the line after record %d: %w", v.rep.To.Seq, err)
 	}
-	for seq := range open {
-		if seq > rep.To.Seq {
-			return rep, fmt.Errorf("audit: a checkpoint knows record %d, the chain ends at %d: it was cut off: %w", seq, rep.To.Seq, errs.Untrusted)
+	for seq := range v.open {
+		if seq > v.rep.To.Seq {
+			return fmt.Errorf("a checkpoint knows record %d, the chain ends at %d: it was cut off: %w", seq, v.rep.To.Seq, errs.Untrusted)
 		}
 	}
-	return rep, nil
+	if n := len(v.signed); n > 0 {
+		return fmt.Errorf("%d records were published, the chain ends at %d: it was cut off: %w", v.signed[n-1].Size, v.rep.To.Seq, errs.Untrusted)
+	}
+	return nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"ringwall/internal/audit"
 	"ringwall/internal/errs"
+	"ringwall/internal/pki"
 )
 
 func chain(t testing.TB, n int) []audit.Record {
@@ -103,6 +104,76 @@ func TestVerify(t *testing.T) {
 	} {
 		if _, err := audit.Verify(strings.NewReader(doc), audit.Checkpoint{}); !errors.Is(err, errs.Invalid) {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// tree is the checkpoint that the published log of records has.
+func tree(rs []audit.Record) pki.Checkpoint {
+	f := &pki.Frontier{}
+	for i := range rs {
+		f.Add(pki.LeafHash([]byte(rs[i].Checkpoint().String())))
+	}
+	return pki.Checkpoint{Origin: "audit.fleet.example", Size: f.Size, Root: f.Root()}
+}
+
+// With a signed checkpoint every row is bound, the last one too, and by the
+// log's key instead of by what somebody wrote down.
+func TestVerifySigned(t *testing.T) {
+	rs := chain(t, 9)
+	signed := []pki.Checkpoint{tree(rs), tree(rs[:4]), tree(nil)}
+	rep, err := audit.VerifySigned(bytes.NewReader(export(t, rs)), signed, rs[2].Checkpoint())
+	if err != nil || rep.Signed != 9 || rep.Records != 9 {
+		t.Errorf("%+v, %v", rep, err)
+	}
+	if rep, err := audit.VerifySigned(bytes.NewReader(export(t, rs)), signed[1:]); err != nil || rep.Signed != 4 || rep.Records != 9 {
+		t.Errorf("newer records than the checkpoint: %+v, %v", rep, err)
+	}
+	anew := func(r []audit.Record) []audit.Record { // seals what was edited, and all after it
+		var end audit.Checkpoint
+		for i := range r {
+			if err := r[i].Seal(end); err != nil {
+				t.Fatal(err)
+			}
+			end = r[i].Checkpoint()
+		}
+		return r
+	}
+	for name, tc := range map[string]struct {
+		edit func([]audit.Record) []audit.Record
+		want string
+	}{
+		"edited":                      {func(r []audit.Record) []audit.Record { r[3].Actor = "bob"; return r }, "record 4 was changed"},
+		"edited and all sealed anew":  {func(r []audit.Record) []audit.Record { r[5].Actor = "bob"; return anew(r) }, "the first 9 records are not those that were published"},
+		"early one sealed anew":       {func(r []audit.Record) []audit.Record { r[1].Actor = "bob"; return anew(r) }, "the first 4 records are not those that were published"},
+		"dropped":                     {func(r []audit.Record) []audit.Record { return slices.Delete(r, 3, 4) }, "records 4 to 4 are missing"},
+		"dropped and all sealed anew": {func(r []audit.Record) []audit.Record { return anew(slices.Delete(r, 3, 4)) }, "the first 4 records are not those that were published"},
+		"swapped and all sealed anew": {func(r []audit.Record) []audit.Record { r[6], r[7] = r[7], r[6]; return anew(r) }, "the first 9 records are not those that were published"},
+		"last one cut off":            {func(r []audit.Record) []audit.Record { return r[:8] }, "9 records were published, the chain ends at 8: it was cut off"},
+		"all cut off":                 {func(r []audit.Record) []audit.Record { return nil }, "9 records were published, the chain ends at 0: it was cut off"},
+		"first cut off":               {func(r []audit.Record) []audit.Record { return r[1:] }, "records 1 to 1 are missing"},
+		"one put in, all sealed anew": {func(r []audit.Record) []audit.Record { return anew(slices.Insert(r, 4, r[4])) }, "the first 9 records are not those that were published"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := audit.VerifySigned(bytes.NewReader(export(t, tc.edit(slices.Clone(rs)))), signed)
+			if !errors.Is(err, errs.Untrusted) || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("%v, want %q", err, tc.want)
+			}
+		})
+	}
+	if _, err := audit.VerifySigned(strings.NewReader(""), []pki.Checkpoint{{Root: [32]byte{1}}}); !errors.Is(err, errs.Untrusted) {
+		t.Errorf("an empty log with a root of something: %v", err)
+	}
+}
+
+func TestParseCheckpoint(t *testing.T) {
+	c := chain(t, 3)[2].Checkpoint()
+	if got, err := audit.ParseCheckpoint(c.String()); err != nil || got != c {
+		t.Errorf("%v, %v", got, err)
+	}
+	for _, bad := range []string{"", "3", "3:", ":" + c.Hash.String(), "-1:" + c.Hash.String(), c.String() + "0", "x:" + c.Hash.String(), "3:" + strings.Repeat("g", 64)} {
+		if _, err := audit.ParseCheckpoint(bad); !errors.Is(err, errs.Invalid) {
+			t.Errorf("%q: %v", bad, err)
 		}
 	}
 }

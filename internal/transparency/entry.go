@@ -38,7 +38,7 @@ func EntryHash(bundle []byte) (Hash, error) {
 // checkpoint, verified to be below it.
 func (r *Reader) Entries(ctx context.Context, from uint64, c *pki.Checkpoint) ([]Entry, error) {
 	var out []Entry
-	err := r.follow(ctx, &frontier{}, c, func(index uint64, entry []byte, leaf [32]byte) error {
+	err := r.follow(ctx, &pki.Frontier{}, c, func(index uint64, entry []byte, leaf [32]byte) error {
 		if index >= from {
 			out = append(out, describe(index, entry, leaf))
 		}

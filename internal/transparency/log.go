@@ -43,6 +43,8 @@ type Log struct {
 	await    *tessera.PublicationAwaiter
 	reader   *Reader
 	close    func() error
+	// integrated is how many entries the tree has, in a checkpoint or not yet.
+	integrated func(context.Context) (uint64, error)
 
 	mu   sync.Mutex
 	last *pki.Checkpoint // the newest that was seen: what comes must continue it
@@ -109,7 +111,7 @@ func open(dir string, key pki.LogKey, signer crypto.Signer) (*Log, error) {
 		return nil, err
 	}
 	return &Log{
-		key: key, appender: appender, reader: NewReader(Dir(dir), key),
+		key: key, appender: appender, reader: NewReader(Dir(dir), key), integrated: reader.IntegratedSize,
 		await: tessera.NewPublicationAwaiter(ctx, reader.ReadCheckpoint, checkpointPoll),
 		close: func() error {
 			c, done := context.WithTimeout(ctx, closeTimeout)

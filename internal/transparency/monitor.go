@@ -116,7 +116,7 @@ func bytesLines(data []byte) func(yield func([]byte) bool) {
 type Monitor struct {
 	reader *Reader
 	key    pki.LogKey
-	seen   frontier
+	seen   pki.Frontier
 	note   []byte // the checkpoint that was seen last
 	// unasked are entries that nobody is known to have asked for. They are
 	// reported at every run until somebody says that he did.
@@ -153,11 +153,11 @@ func (m *Monitor) load(state []byte) error {
 	if w.Version != stateVersion || w.Log != m.key.String() {
 		return fmt.Errorf("version %d, of log %.100q: %w", w.Version, w.Log, errs.Conflict)
 	}
-	m.seen = frontier{size: w.Size}
+	m.seen = pki.Frontier{Size: w.Size}
 	for _, n := range w.Nodes {
-		m.seen.nodes = append(m.seen.nodes, n)
+		m.seen.Nodes = append(m.seen.Nodes, n)
 	}
-	if err := m.seen.check(); err != nil {
+	if err := m.seen.Check(); err != nil {
 		return err
 	}
 	// The log's signature over what was seen: with it, a second history can be proved to others.
@@ -166,7 +166,7 @@ func (m *Monitor) load(state []byte) error {
 	if err != nil {
 		return err
 	}
-	if c.Size != m.seen.size || c.Root != m.seen.root() {
+	if c.Size != m.seen.Size || c.Root != m.seen.Root() {
 		return fmt.Errorf("it is not of its own checkpoint: %w", errs.Invalid)
 	}
 	return nil
@@ -175,9 +175,9 @@ func (m *Monitor) load(state []byte) error {
 // State returns what the next run needs.
 func (m *Monitor) State() ([]byte, error) {
 	w := wireState{
-		Version: stateVersion, Log: m.key.String(), Size: m.seen.size, Nodes: []Hash{}, Checkpoint: string(m.note), Unasked: m.unasked,
+		Version: stateVersion, Log: m.key.String(), Size: m.seen.Size, Nodes: []Hash{}, Checkpoint: string(m.note), Unasked: m.unasked,
 	}
-	for _, n := range m.seen.nodes {
+	for _, n := range m.seen.Nodes {
 		w.Nodes = append(w.Nodes, n)
 	}
 	if w.Unasked == nil {
@@ -227,8 +227,8 @@ func (m *Monitor) run(ctx context.Context, asked *Asked) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	next := frontier{size: m.seen.size, nodes: slices.Clone(m.seen.nodes)}
-	report := &Report{From: m.seen.size, Size: c.Size, Unasked: []Entry{}, Missing: []Missing{}}
+	next := pki.Frontier{Size: m.seen.Size, Nodes: slices.Clone(m.seen.Nodes)}
+	report := &Report{From: m.seen.Size, Size: c.Size, Unasked: []Entry{}, Missing: []Missing{}}
 	for _, e := range m.unasked {
 		if !asked.hashes[e.Hash] {
 			report.Unasked = append(report.Unasked, e)

@@ -18,7 +18,7 @@ import (
 // hashes that others need for their proofs. What is missing, changed, in
 // another order or more than there should be is errs.Untrusted.
 func (r *Reader) Verify(ctx context.Context, c *pki.Checkpoint) error {
-	f := &frontier{}
+	f := &pki.Frontier{}
 	var tiles tileCheck
 	err := r.follow(ctx, f, c, func(_ uint64, _ []byte, leaf [32]byte) error { return tiles.add(ctx, r, 0, leaf) })
 	if err != nil {
@@ -30,25 +30,25 @@ func (r *Reader) Verify(ctx context.Context, c *pki.Checkpoint) error {
 // follow adds the entries from f's size up to the checkpoint to f, calls each
 // for every one of them, and says whether they are what the checkpoint is about.
 // What each is told is not verified before follow has returned nil.
-func (r *Reader) follow(ctx context.Context, f *frontier, c *pki.Checkpoint, each func(index uint64, entry []byte, leaf [32]byte) error) error {
-	if f.size > c.Size {
-		return fmt.Errorf("the log had %d entries and now has %d: %w", f.size, c.Size, errs.Untrusted)
+func (r *Reader) follow(ctx context.Context, f *pki.Frontier, c *pki.Checkpoint, each func(index uint64, entry []byte, leaf [32]byte) error) error {
+	if f.Size > c.Size {
+		return fmt.Errorf("the log had %d entries and now has %d: %w", f.Size, c.Size, errs.Untrusted)
 	}
-	for f.size < c.Size {
-		at := f.size / tileWidth
+	for f.Size < c.Size {
+		at := f.Size / tileWidth
 		entries, err := r.bundle(ctx, at, min(tileWidth, c.Size-at*tileWidth))
 		if err != nil {
 			return err
 		}
-		for _, e := range entries[f.size%tileWidth:] {
+		for _, e := range entries[f.Size%tileWidth:] {
 			leaf := pki.LeafHash(e)
-			if err := each(f.size, e, leaf); err != nil {
+			if err := each(f.Size, e, leaf); err != nil {
 				return err
 			}
-			f.add(leaf)
+			f.Add(leaf)
 		}
 	}
-	if f.root() != c.Root {
+	if f.Root() != c.Root {
 		return fmt.Errorf("the entries up to %d do not lead to the checkpoint's root: one is missing, changed or in another place: %w", c.Size, errs.Untrusted)
 	}
 	return nil
@@ -98,12 +98,12 @@ func (t *tileCheck) add(ctx context.Context, r *Reader, level int, h [32]byte) e
 	if err := l.compare(ctx, r, level); err != nil {
 		return err
 	}
-	f := &frontier{}
+	f := &pki.Frontier{}
 	for _, h := range l.hashes {
-		f.add(h)
+		f.Add(h)
 	}
 	l.index, l.hashes = l.index+1, l.hashes[:0]
-	return t.add(ctx, r, level+1, f.root())
+	return t.add(ctx, r, level+1, f.Root())
 }
 
 // finish compares the tiles that are not full.

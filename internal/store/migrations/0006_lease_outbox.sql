@@ -6,3 +6,11 @@ CREATE TABLE lease (
 	until_us BIGINT NOT NULL,
 	fence    BIGINT NOT NULL
 );
+
+-- How far somebody elsewhere has been told of the audit log.
+CREATE TABLE outbox (
+	name     @KEY PRIMARY KEY,
+	position BIGINT NOT NULL, -- the record that was told last
+	state    TEXT NOT NULL,
+	at_us    BIGINT NOT NULL
+);
