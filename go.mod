@@ -25,6 +25,8 @@ require (
 
 require (
 	connectrpc.com/connect v1.21.1 // indirect
+	github.com/coreos/go-oidc/v3 v3.21.0 // indirect
+	github.com/go-jose/go-jose/v4 v4.1.9 // indirect
 	google.golang.org/protobuf v1.36.11 // indirect
 )
 

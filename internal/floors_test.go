@@ -149,7 +149,9 @@ var outside = map[string][]string{
 	"transparency": {
 		"github.com/transparency-dev/tessera", "k8s.io/klog", // klog to silence tessera
 	},
-	"attest": {"github.com/google/go-tpm"},
+	"attest":   {"github.com/google/go-tpm"},
+	"identity": {"golang.org/x/crypto", "github.com/go-jose/go-jose/v4"},
+	"httpapi":  {"github.com/coreos/go-oidc/v3"},
 	"store":  {"github.com/jackc/pgx/v5", "modernc.org/sqlite"},
 }
 
