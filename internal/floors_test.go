@@ -152,7 +152,7 @@ var outside = map[string][]string{
 	"attest":   {"github.com/google/go-tpm"},
 	"identity": {"golang.org/x/crypto", "github.com/go-jose/go-jose/v4"},
 	"httpapi":  {"github.com/coreos/go-oidc/v3"},
-	"store":  {"github.com/jackc/pgx/v5", "modernc.org/sqlite"},
+	"store":    {"github.com/jackc/pgx/v5", "modernc.org/sqlite"},
 }
 
 // junk are names that say nothing about what a package is for.
