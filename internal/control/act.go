@@ -99,3 +99,12 @@ func (a *Actor) engineMay(action string) bool {
 		return strings.EqualFold(may, action)
 	})
 }
+
+// View shows one state of the tree to a part of the server, which cannot change
+// it there. Whoever is no Engine is refused.
+func (d *Door) View(ctx context.Context, by Actor, fn func(Tx) error) error {
+	if by.engine == nil {
+		return fmt.Errorf("view the tree as %s: %w", by.Name, errs.Denied)
+	}
+	return d.store.Read(ctx, fn)
+}

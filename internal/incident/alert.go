@@ -91,8 +91,9 @@ func PathClass(path string) string {
 	return "other"
 }
 
-// MaxHosts is how many of an alert's hosts are named; the rest are counted.
-const MaxHosts = 1000
+// MaxHosts is how many hosts an incident names, over all its alerts; the rest are
+// counted.
+const MaxHosts = 50_000
 
 // Alert is all events of one key.
 type Alert struct {
@@ -101,13 +102,14 @@ type Alert struct {
 	First  time.Time `json:"first"`
 	Last   time.Time `json:"last"`
 	Count  uint64    `json:"count"` // blocks
-	Hosts  []string  `json:"hosts"` // sorted, at most MaxHosts
+	Hosts  []string  `json:"hosts"` // sorted
 	More   int       `json:"more"`  // events of hosts that are not named
 	Flip   bool      `json:"flip"`
 }
 
-// add counts an event and says whether its host is new to the alert.
-func (a *Alert) add(e *Event) (newHost bool) {
+// add counts an event and says whether its host is new to the alert. Without
+// room a new host is counted and not named.
+func (a *Alert) add(e *Event, room bool) (newHost bool) {
 	if a.Count == 0 {
 		a.Key, a.Sample, a.First = KeyOf(e), *e, e.At
 	}
@@ -120,7 +122,7 @@ func (a *Alert) add(e *Event) (newHost bool) {
 	switch {
 	case known:
 		return false
-	case len(a.Hosts) == MaxHosts:
+	case !room:
 		a.More++
 		return false
 	}

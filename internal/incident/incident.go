@@ -190,7 +190,7 @@ func (i *Incident) Add(e *Event) []Notice {
 		i.Alerts = append(i.Alerts, Alert{})
 		at = len(i.Alerts) - 1
 	}
-	newHost := i.Alerts[at].add(e)
+	newHost := i.Alerts[at].add(e, i.named() < MaxHosts)
 	before := i.Severity
 	i.Severity = i.severity()
 	switch {
@@ -243,8 +243,20 @@ func (i *Incident) page(at time.Time, text string) Notice {
 	return Notice{Incident: i.ID, Page: true, Level: i.Level, Text: text}
 }
 
+// named is how many names of hosts there are.
+func (i *Incident) named() int {
+	n := 0
+	for k := range i.Alerts {
+		n += len(i.Alerts[k].Hosts)
+	}
+	return n
+}
+
 // HostCount is the number of different hosts that are named.
 func (i *Incident) HostCount() int {
+	if len(i.Alerts) == 1 {
+		return len(i.Alerts[0].Hosts)
+	}
 	all := map[string]bool{}
 	for k := range i.Alerts {
 		for _, h := range i.Alerts[k].Hosts {

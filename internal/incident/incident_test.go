@@ -81,10 +81,10 @@ func TestStorm(t *testing.T) {
 		updates += len(ns) - pages(ns)
 	}
 	i := open[0]
-	if len(open) != 1 || paged != 1 || i.Severity != incident.High || i.Alerts[0].Count != 5000 || len(i.Alerts[0].Hosts) != incident.MaxHosts || i.Alerts[0].More != 4000 {
+	if len(open) != 1 || paged != 1 || i.Severity != incident.High || i.Alerts[0].Count != 5000 || len(i.Alerts[0].Hosts) != 5000 || i.Alerts[0].More != 0 {
 		t.Errorf("%d incidents, %d pages, %s, %+v", len(open), paged, i.Severity, i.Alerts[0].More)
 	}
-	if updates > incident.MaxHosts || len(i.Timeline) > 1000 {
+	if updates > 5000 || len(i.Timeline) > 1000 {
 		t.Errorf("%d updates, %d lines of history", updates, len(i.Timeline))
 	}
 }
