@@ -12,15 +12,20 @@ import (
 // Phase is where a rollout stands.
 type Phase string
 
-// The phases. Done and RolledBack are final; hosts that were offline then are
-// still to go back.
+// The phases. Done, RolledBack and Stopped are final; hosts that were offline
+// then, or come later, still take the change or go back.
 const (
+	Draft       Phase = "draft"        // being written
 	Proposed    Phase = "proposed"     // waits for approval
 	Running     Phase = "running"      // admits hosts, or bakes
 	RollingBack Phase = "rolling-back" // hosts go back to the content before
 	RolledBack  Phase = "rolled-back"
+	Stopped     Phase = "stopped" // did harm, and has nothing to go back to
 	Done        Phase = "done"
 )
+
+// Active says whether a rollout is under way: there is one in a scope.
+func (p Phase) Active() bool { return p == Proposed || p == Running || p == RollingBack }
 
 // State is what is stored of a rollout. Each transition is one write that
 // compares Revision, so two replicas cannot both make it.
@@ -30,6 +35,7 @@ type State struct {
 	Ring     int       `json:"ring"`               // the last one that is admitted
 	Baking   time.Time `json:"baking,omitzero"`    // since when it has converged
 	Since    time.Time `json:"since"`              // of the phase
+	Promoted int       `json:"promoted,omitempty"` // the ring, counted from 1, that a person lets go on without all of its bake
 	Why      []Reason  `json:"why,omitempty"`      // it waits, or went back
 	Approval *Approval `json:"approval,omitempty"` // by whom
 }
@@ -95,8 +101,26 @@ func (p *Plan) Next(s State, v *View, now time.Time) Step {
 		return p.run(s, v, now)
 	case RollingBack, RolledBack:
 		return p.goBack(s, v, now)
+	case Done:
+		step := Step{State: s, Judgement: Judgement{Verdict: Pass}}
+		if v.Halt == "" && v.Freeze == "" {
+			step.Admit = p.admit(len(p.Rings)-1, v) // they were offline, or joined
+		}
+		return step
 	}
-	return Step{State: s, Judgement: Judgement{Verdict: Pass}}
+	return Step{State: s, Judgement: Judgement{Verdict: Hold}}
+}
+
+// Return is the state after harm, or a person who says so: hosts go back, or
+// the rollout stops where it is if there is nothing to go back to.
+func (p *Plan) Return(s State, why []Reason, now time.Time) State {
+	phase := RollingBack
+	if p.NoReturn {
+		phase = Stopped
+	}
+	s = s.to(phase, now)
+	s.Why = why
+	return s
 }
 
 func (s State) to(phase Phase, now time.Time) State {
@@ -115,15 +139,15 @@ func (p *Plan) run(s State, v *View, now time.Time) Step {
 	step := Step{State: s, Judgement: j}
 	step.State.Why = j.Reasons
 	if j.Verdict == Fail {
-		step.State = s.to(RollingBack, now)
-		step.State.Why = j.Reasons
+		step.State = p.Return(s, j.Reasons, now)
 		return step
 	}
+	promoted := s.Promoted == s.Ring+1
 	if v.Halt != "" || v.Freeze != "" && !emergency {
 		return step // nobody new; who has it keeps it
 	}
 	if s.Baking.IsZero() {
-		if p.hasConverged(s.Ring, v, now) {
+		if promoted || p.hasConverged(s.Ring, v, now) {
 			step.State.Baking = now
 			step.State.Revision++
 			return step
@@ -135,7 +159,7 @@ func (p *Plan) run(s State, v *View, now time.Time) Step {
 		step.Admit = late // they were offline, or joined
 	}
 	switch {
-	case j.Verdict != Pass:
+	case j.Verdict != Pass && !promoted:
 	case s.Ring == len(p.Rings)-1:
 		step.State = s.to(Done, now)
 		step.Admit = nil

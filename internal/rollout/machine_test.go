@@ -285,3 +285,68 @@ func TestNext_emergency(t *testing.T) {
 	}
 	w.run(t, rollout.RolledBack)
 }
+
+// A person lets a ring go on without its bake, never past harm or a halt.
+func TestNext_promoted(t *testing.T) {
+	p := newWorld(1, 2, 2).plan
+	now := start().Add(time.Minute)
+	view := func(change func(*rollout.View)) *rollout.View {
+		v := &rollout.View{Members: append(ring(20, 0), member("b", 1, nil)), Coverage: 1}
+		change(v)
+		return v
+	}
+	for name, tc := range map[string]struct {
+		promoted int
+		change   func(*rollout.View)
+		ring     int
+		phase    rollout.Phase
+	}{
+		"nobody did":        {0, func(*rollout.View) {}, 0, rollout.Running},
+		"this ring":         {1, func(*rollout.View) {}, 1, rollout.Running},
+		"a ring before":     {2, func(*rollout.View) {}, 0, rollout.Running},
+		"past a hold":       {1, func(v *rollout.View) { v.Incidents = []string{"INC-1"} }, 1, rollout.Running},
+		"not past a halt":   {1, func(v *rollout.View) { v.Halt = "stopped" }, 0, rollout.Running},
+		"not past a freeze": {1, func(v *rollout.View) { v.Freeze = "year end" }, 0, rollout.Running},
+		"not past harm": {1, func(v *rollout.View) {
+			v.Members[3].Flips, v.Members[4].Flips = 1, 1
+		}, 0, rollout.RollingBack},
+	} {
+		s := rollout.State{Phase: rollout.Running, Baking: start(), Promoted: tc.promoted}
+		got := p.Next(s, view(tc.change), now).State
+		if got.Ring != tc.ring || got.Phase != tc.phase {
+			t.Errorf("%s: ring %d, %s", name, got.Ring, got.Phase)
+		}
+	}
+}
+
+// Without anything to go back to, harm stops a rollout where it is.
+func TestNext_noReturn(t *testing.T) {
+	w := newWorld(1, 4, 4)
+	w.plan.NoReturn = true
+	w.breaks = func(m *rollout.Member) { m.Flips = 1 }
+	w.run(t, rollout.Stopped)
+	before := w.state
+	w.tick(t)
+	if w.state.Revision != before.Revision || w.state.Why[0].Code != "flips" {
+		t.Errorf("%+v", w.state)
+	}
+	for i := range w.members {
+		if w.members[i].Ring == 1 && !w.members[i].Admitted.IsZero() {
+			t.Error("a host of the second ring has it")
+		}
+	}
+}
+
+// Who comes after the end gets the change too, unless the line is stopped.
+func TestNext_late(t *testing.T) {
+	p := newWorld(1, 2, 2).plan
+	v := &rollout.View{Members: append(ring(2, 0), member("late", 1, nil))}
+	s := rollout.State{Phase: rollout.Done, Ring: 1}
+	if got := p.Next(s, v, start()); len(got.Admit) != 1 || got.State.Revision != 0 {
+		t.Errorf("%+v", got)
+	}
+	v.Halt = "stopped"
+	if got := p.Next(s, v, start()); len(got.Admit) != 0 {
+		t.Errorf("%+v", got)
+	}
+}

@@ -1,6 +1,7 @@
 package rollout
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
@@ -20,7 +21,9 @@ type Plan struct {
 	// MaxUnavailable bounds the hosts that have been admitted and have not
 	// reported back yet; 0: no bound.
 	MaxUnavailable int
-	Limits         Limits
+	// NoReturn: there is nothing to go back to, harm stops the rollout where it is.
+	NoReturn bool
+	Limits   Limits
 }
 
 // Ring is an ordered part of the hosts.
@@ -69,6 +72,26 @@ func Default(salt string) Plan {
 		{Name: "broad", Percent: 25, Bake: Bake{Time: 4 * time.Hour}},
 		{Name: "all", Percent: 100},
 	}}
+}
+
+// Fit is Default for a fleet of these hosts: rings that would get nobody are left
+// out, so that a small fleet has the stages that it has hosts for.
+func Fit(salt string, hosts []Host) Plan {
+	p := Default(salt)
+	place, _ := p.place(hosts)
+	used := make([]bool, len(p.Rings))
+	for _, r := range place {
+		used[r] = true
+	}
+	rings := p.Rings[:0:0]
+	for i, r := range p.Rings {
+		if used[i] || i == 0 {
+			rings = append(rings, r)
+		}
+	}
+	rings[len(rings)-1].Percent = 100
+	p.Rings = rings
+	return p
 }
 
 // Check says whether a plan makes sense; the error is errs.Invalid and names
@@ -132,15 +155,35 @@ type Host struct {
 	Critical bool
 }
 
+// maxFirsts bounds the hosts that are first for their stratum, as a part of all
+// hosts: hosts say themselves what they are, and if all differ they must not all
+// be first.
+const maxFirsts = 4
+
 // Place gives each host its ring. A host's place depends on its id and the
 // salt, so that the choice within a stratum is random and stays when others
 // come and go; the host of each stratum that the hash puts first is in the
-// first ring in any case. A ring that gets no host is an error: it would prove
+// first ring in any case, up to a quarter of all hosts. A ring that gets no host is an error: it would prove
 // nothing and look like success.
 func (p *Plan) Place(hosts []Host) (map[string]int, error) {
 	if err := p.Check(); err != nil {
 		return nil, err
 	}
+	place, err := p.place(hosts)
+	if err != nil {
+		return nil, err
+	}
+	count := make([]int, len(p.Rings))
+	for _, r := range place {
+		count[r]++
+	}
+	if i := slices.Index(count, 0); i >= 0 {
+		return nil, fmt.Errorf("rollout plan: ring %s gets none of %d hosts: give it a larger percentage or name its hosts: %w", p.Rings[i].Name, len(hosts), errs.Invalid)
+	}
+	return place, nil
+}
+
+func (p *Plan) place(hosts []Host) (map[string]int, error) {
 	explicit := p.explicit()
 	place := make(map[string]int, len(hosts))
 	type first struct {
@@ -164,17 +207,15 @@ func (p *Plan) Place(hosts []Host) (map[string]int, error) {
 			firsts[h.Stratum] = first{h.ID, at}
 		}
 	}
+	missing := make([]first, 0, len(firsts))
 	for stratum, f := range firsts {
 		if !covered[stratum] {
-			place[f.id] = 0
+			missing = append(missing, f)
 		}
 	}
-	count := make([]int, len(p.Rings))
-	for _, r := range place {
-		count[r]++
-	}
-	if i := slices.Index(count, 0); i >= 0 {
-		return nil, fmt.Errorf("rollout plan: ring %s gets none of %d hosts: give it a larger percentage or name its hosts: %w", p.Rings[i].Name, len(hosts), errs.Invalid)
+	slices.SortFunc(missing, func(a, b first) int { return cmp.Compare(a.at, b.at) })
+	for _, f := range missing[:min(len(missing), max(1, len(hosts)/maxFirsts))] {
+		place[f.id] = 0
 	}
 	return place, nil
 }

@@ -123,6 +123,53 @@ func TestPlan_placeRefuses(t *testing.T) {
 	}
 }
 
+// Hosts that all differ are not all first.
+func TestPlan_placeStrata(t *testing.T) {
+	p := rollout.Plan{Salt: "s", Rings: []rollout.Ring{{Name: "canary", Percent: 0.001}, {Name: "all", Percent: 100}}}
+	var fleet []rollout.Host
+	for i := range 40 {
+		fleet = append(fleet, hosts(1, fmt.Sprint("kind", i))...)
+	}
+	place, err := p.Place(fleet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := 0
+	for _, r := range place {
+		if r == 0 {
+			first++
+		}
+	}
+	if first != 10 {
+		t.Errorf("%d of 40 hosts are first, want a quarter", first)
+	}
+}
+
+// The plan that is made for a fleet has no ring without hosts, whatever its size.
+func TestFit(t *testing.T) {
+	for _, n := range []int{1, 2, 3, 5, 10, 50, 200, 5000} {
+		for _, salt := range []string{"a", "b", "c", "d"} {
+			p := rollout.Fit(salt, hosts(n, "web"))
+			place, err := p.Place(hosts(n, "web"))
+			if err != nil {
+				t.Fatalf("%d hosts: %v: %+v", n, err, p.Rings)
+			}
+			first := 0
+			for _, r := range place {
+				if r == 0 {
+					first++
+				}
+			}
+			if n > 3 && first > n/2 {
+				t.Errorf("%d of %d hosts are first", first, n)
+			}
+			if n == 5000 && len(p.Rings) != 4 {
+				t.Errorf("a large fleet has %d rings", len(p.Rings))
+			}
+		}
+	}
+}
+
 func TestDetectable(t *testing.T) {
 	for n, want := range map[int]float64{0: 1, 1: 0.95, 10: 0.259, 59: 0.05, 299: 0.01} {
 		if got := rollout.Detectable(n); math.Abs(got-want) > 0.001 {
