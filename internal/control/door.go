@@ -13,6 +13,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"ringwall/internal/audit"
@@ -59,8 +61,13 @@ type Kind struct {
 	// Needs are actions that whoever writes or deletes such a document must also
 	// be allowed at the root.
 	Needs []string
-	// Secret are top-level properties that audit records must not hold.
+	// Secret are top-level properties that are written and never read: no answer,
+	// feed or audit record holds them. A change that leaves one out keeps it.
 	Secret []string
+	// About and Schema say what it is for, in a sentence, and what properties it
+	// has, as JSON Schema (draft 2020-12): for the OpenAPI document.
+	About  string
+	Schema json.RawMessage
 }
 
 // Door is safe for use by several goroutines.
@@ -103,7 +110,8 @@ func (d *Door) Put(ctx context.Context, by Actor, doc resource.Document, when re
 		if err != nil {
 			return err
 		}
-		if err := doc.Check(); err != nil {
+		doc := doc
+		if err := errors.Join(doc.Check(), kind.keepSecrets(old, &doc)); err != nil {
 			return err
 		}
 		if kind.Check != nil {
@@ -120,7 +128,7 @@ func (d *Door) Put(ctx context.Context, by Actor, doc resource.Document, when re
 	if err != nil {
 		return nil, fmt.Errorf("put %s: %w", doc.ID, err)
 	}
-	return out, nil
+	return d.shown(out), nil
 }
 
 // parentExists refuses a document that would hang in the air.
@@ -156,6 +164,11 @@ func (k *Kind) detail(old, d *resource.Document) (string, error) {
 // the feed has the rest.
 const maxDetail = 256 << 10
 
+func (k *Kind) isSecret(property string) bool {
+	return slices.ContainsFunc(k.Secret, func(s string) bool { return strings.EqualFold(s, property) })
+}
+
+// withoutSecrets is what audit records say: that a secret is there, and not which.
 func (k *Kind) withoutSecrets(properties json.RawMessage) any {
 	if len(k.Secret) == 0 || len(properties) == 0 {
 		return properties
@@ -165,13 +178,65 @@ func (k *Kind) withoutSecrets(properties json.RawMessage) any {
 		return "not shown"
 	}
 	for key := range m {
-		for _, s := range k.Secret {
-			if strings.EqualFold(key, s) {
-				m[key] = json.RawMessage(`"not shown"`)
-			}
+		if k.isSecret(key) {
+			m[key] = json.RawMessage(`"not shown"`)
 		}
 	}
 	return m
+}
+
+// keepSecrets takes over what a change leaves out: who reads a document to
+// change it never saw them.
+func (k *Kind) keepSecrets(old, d *resource.Document) error {
+	if len(k.Secret) == 0 || old == nil {
+		return nil
+	}
+	var have, kept map[string]json.RawMessage
+	if json.Unmarshal(old.Properties, &kept) != nil {
+		return nil // it held none
+	}
+	if len(d.Properties) > 0 && json.Unmarshal(d.Properties, &have) != nil {
+		return nil // it is no object: its kind's Check may say so
+	}
+	for key := range have {
+		if k.isSecret(key) {
+			return nil
+		}
+	}
+	maps.DeleteFunc(kept, func(key string, _ json.RawMessage) bool { return !k.isSecret(key) })
+	if len(kept) == 0 {
+		return nil
+	}
+	maps.Copy(kept, have)
+	b, err := json.Marshal(kept)
+	d.Properties = b
+	return err
+}
+
+// shown is a document as it is given out. An object that cannot be read is not
+// shown at all.
+func (d *Door) shown(doc *resource.Document) *resource.Document {
+	k := d.kinds[doc.ID.Type()]
+	if k == nil || len(k.Secret) == 0 || !strings.HasPrefix(strings.TrimSpace(string(doc.Properties)), "{") {
+		return doc
+	}
+	out := *doc
+	var m map[string]json.RawMessage
+	if json.Unmarshal(doc.Properties, &m) != nil {
+		out.Properties = nil
+		return &out
+	}
+	for key := range m {
+		if k.isSecret(key) {
+			delete(m, key)
+		}
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		b = nil
+	}
+	out.Properties = b
+	return &out
 }
 
 // Delete removes a document.
@@ -268,7 +333,7 @@ func (d *Door) Get(ctx context.Context, by Actor, id resource.ID) (*resource.Doc
 	if err != nil {
 		return nil, fmt.Errorf("get %s: %w", id, err)
 	}
-	return out, nil
+	return d.shown(out), nil
 }
 
 // List reads a page of what the actor may read below an id, and the key to go on
@@ -291,7 +356,7 @@ func (d *Door) List(ctx context.Context, by Actor, q resource.Query) ([]resource
 				return err
 			}
 			if decision.err == nil {
-				out = append(out, page[i])
+				out = append(out, *d.shown(&page[i]))
 			}
 		}
 		return nil

@@ -40,6 +40,7 @@ func (d *Door) Watch(ctx context.Context, by Actor, below resource.ID, after uin
 					return err
 				}
 				if decision.err == nil {
+					c.Document = *d.shown(&c.Document)
 					page = append(page, c)
 				}
 			}
