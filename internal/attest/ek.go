@@ -39,6 +39,37 @@ func ekForms() []ekForm {
 	}
 }
 
+// EKTemplate is a template for endorsement keys, as a host makes one from it.
+type EKTemplate struct {
+	Public tpm2.TPMTPublic
+	// Certificate is the NV index where the maker of the TPM left the key's
+	// certificate, if there is one (profile, section 2.2.1.4 and 2.2.1.5).
+	Certificate uint32
+	// Policy: the key is used through the endorsement hierarchy's authorisation
+	// and not by its own password.
+	Policy bool
+}
+
+// EKTemplates are the templates in the order in which a host takes the first
+// that it has a certificate for: small keys first.
+func EKTemplates() []EKTemplate {
+	f := ekForms()
+	return []EKTemplate{
+		{f[1].public, 0x01c0000a, true},
+		{f[3].public, 0x01c00014, false},
+		{f[4].public, 0x01c00016, false},
+		{f[0].public, 0x01c00002, true},
+		{f[2].public, 0x01c00012, false},
+		{f[5].public, 0x01c0001c, false},
+	}
+}
+
+// PCRSelection is a TPM's selection of some PCRs of a bank.
+func PCRSelection(a Alg, pcrs []int) tpm2.TPMLPCRSelection {
+	s, _ := selectPCRs(PowerOn(a, 0), pcrs)
+	return s
+}
+
 // highPolicy is the profile's PolicyB, the policy of the high range's keys:
 // the endorsement authorisation, or a policy in NV that the owner may set.
 func highPolicy(nameAlg tpm2.TPMAlgID) []byte {

@@ -32,6 +32,7 @@ const (
 	ReasonIMAReplay        Reason = "ima-replay"         // the IMA list does not lead to the quoted PCR 10
 	ReasonIMAPosition      Reason = "ima-position"       // entries are missing between the last round and this one
 	ReasonIMABootAggregate Reason = "ima-boot-aggregate" // the IMA list belongs to another boot
+	ReasonSilent           Reason = "silent"             // nothing was heard of the host
 	ReasonReset            Reason = "reset-count"        // more, or other, TPM resets than boots that we know of
 )
 
@@ -80,3 +81,6 @@ func refuse(r Reason, format string, a ...any) error {
 func refusePCR(r Reason, pcr int, format string, a ...any) error {
 	return &Error{Reason: r, PCR: pcr, Detail: fmt.Sprintf(format, a...), kind: errs.Untrusted}
 }
+
+// Refuse is a refusal by whoever uses this package, for a reason of its list.
+func Refuse(r Reason, detail string) error { return refuse(r, "%s", detail) }
