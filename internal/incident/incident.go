@@ -113,6 +113,8 @@ type Notice struct {
 	Page     bool   `json:"page"` // wake somebody; else an update of what they have
 	Level    int    `json:"level"`
 	Text     string `json:"text"`
+	// State is what it is now, of a notice that somebody changed it.
+	State State `json:"state,omitempty"`
 }
 
 func (i *Incident) note(at time.Time, by, format string, a ...any) {

@@ -63,9 +63,11 @@ func (c *config) read(n *yaml.Node) {
 		strictyaml.Optional("webhooks", each(c.webhook)),
 		strictyaml.Optional("mail", each(c.mail)),
 		strictyaml.Optional("commands", each(c.command)),
+		strictyaml.Optional("alertmanagers", each(c.alertmanager)),
+		strictyaml.Optional("pagerduty", each(c.pagerduty)),
 	})
 	if len(c.targets) == 0 {
-		c.Problem(n, "", "names no target", "add webhooks, mail or commands")
+		c.Problem(n, "", "names no target", "add webhooks, mail, commands, alertmanagers or pagerduty")
 	}
 }
 
@@ -93,24 +95,76 @@ func (c *config) secret(to *string) func(*yaml.Node, string) {
 
 func (c *config) webhook(n *yaml.Node, where string) {
 	w := &webhook{}
+	wants := wanted{updates: true}
 	var secretURL string
 	c.Mapping(n, where, []strictyaml.Field{
 		strictyaml.Optional("url", c.text(&w.url)),
 		strictyaml.Optional("url_file", c.secret(&secretURL)),
 		strictyaml.Optional("token_file", c.secret(&w.token)),
+		strictyaml.Optional("level", c.level(&wants)),
+		strictyaml.Optional("updates", c.updates(&wants)),
 	})
 	if (w.url == "") == (secretURL == "") {
 		c.Problem(n, where, "needs url or url_file, one of them", "use url_file where the address itself is a secret")
 		return
 	}
 	w.url += secretURL
-	u, err := url.Parse(w.url)
-	if err != nil || u.Host == "" || u.User != nil || u.Scheme != "https" && !(u.Scheme == "http" && loopback(u.Hostname())) {
-		c.Problem(n, where, "its address is not https://host/path without a password", "http is for 127.0.0.1 and [::1] only; put a token into token_file")
+	host, ok := c.address(n, where, w.url)
+	if !ok {
 		return
 	}
-	w.name = "webhook " + u.Scheme + "://" + u.Host // the path may be a secret
-	c.targets = append(c.targets, w)
+	w.name = "webhook " + host // the path may be a secret
+	c.add(w, wants)
+}
+
+// address checks a URL that secrets are sent to, and returns its scheme and host.
+func (c *config) address(n *yaml.Node, where, s string) (host string, ok bool) {
+	u, err := url.Parse(s)
+	if err != nil || u.Host == "" || u.User != nil || u.Scheme != "https" && !(u.Scheme == "http" && loopback(u.Hostname())) {
+		c.Problem(n, where, "its address is not https://host/path without a password", "http is for 127.0.0.1 and [::1] only; put a token into token_file")
+		return "", false
+	}
+	return u.Scheme + "://" + u.Host, true
+}
+
+func (c *config) level(w *wanted) func(*yaml.Node, string) {
+	return func(n *yaml.Node, at string) { w.level = int(c.Number(n, at, 0, 20)) }
+}
+
+func (c *config) updates(w *wanted) func(*yaml.Node, string) {
+	return func(n *yaml.Node, at string) { w.updates = c.Word(n, at, []string{"all", "pages"}) == "all" }
+}
+
+// add adds a target with what it wants of alerts.
+func (c *config) add(t Target, w wanted) {
+	w.Target = t
+	c.targets = append(c.targets, &w)
+}
+
+func (c *config) alertmanager(n *yaml.Node, where string) {
+	a := &alertmanager{}
+	c.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("url", c.text(&a.url)),
+		strictyaml.Optional("token_file", c.secret(&a.token)),
+	})
+	if host, ok := c.address(n, where, a.url); ok {
+		a.name = "alertmanager " + host
+		c.targets = append(c.targets, a)
+	}
+}
+
+func (c *config) pagerduty(n *yaml.Node, where string) {
+	p := &pagerduty{poster: poster{url: pagerdutyURL}}
+	wants := wanted{}
+	c.Mapping(n, where, []strictyaml.Field{
+		strictyaml.Required("key_file", c.secret(&p.key)),
+		strictyaml.Optional("url", c.text(&p.url)),
+		strictyaml.Optional("level", c.level(&wants)),
+	})
+	if host, ok := c.address(n, where, p.url); ok {
+		p.name = "pagerduty " + host
+		c.add(p, wants)
+	}
 }
 
 func loopback(host string) bool {
@@ -120,6 +174,7 @@ func loopback(host string) bool {
 
 func (c *config) mail(n *yaml.Node, where string) {
 	m := &mailer{}
+	wants := wanted{}
 	c.Mapping(n, where, []strictyaml.Field{
 		strictyaml.Required("server", c.text(&m.server)),
 		strictyaml.Required("from", c.text(&m.from)),
@@ -129,6 +184,8 @@ func (c *config) mail(n *yaml.Node, where string) {
 		}),
 		strictyaml.Optional("username", c.text(&m.username)),
 		strictyaml.Optional("password_file", c.secret(&m.password)),
+		strictyaml.Optional("level", c.level(&wants)),
+		strictyaml.Optional("updates", c.updates(&wants)),
 	})
 	if m.tls == "" {
 		m.tls = tlsStart
@@ -147,7 +204,7 @@ func (c *config) mail(n *yaml.Node, where string) {
 		c.Problem(n, where, "a password needs TLS", "")
 	default:
 		m.host, m.name = host, "mail "+m.server
-		c.targets = append(c.targets, m)
+		c.add(m, wants)
 	}
 }
 

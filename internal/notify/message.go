@@ -21,7 +21,34 @@ type Message struct {
 	Owners      []string // addresses, or names as in @team
 	Data        any      // for programs; JSON
 	At          time.Time
+	// Alert is for receivers that follow something from its beginning to its end;
+	// nil: the message is news, once.
+	Alert *Alert
 }
+
+// Alert is where something stands that goes on for a while.
+type Alert struct {
+	Key      string            `json:"key"` // names it for as long as it lasts
+	State    AlertState        `json:"state"`
+	Severity string            `json:"severity"` // critical, high, warning or info
+	Since    time.Time         `json:"since"`
+	Labels   map[string]string `json:"labels,omitempty"` // few, and the same in every message about it
+	// Page is to wake somebody; Level grows when nobody answers. A message that is
+	// neither a page nor a change of state goes only to those who want updates.
+	Page    bool `json:"page"`
+	Level   int  `json:"level"`
+	Changed bool `json:"changed"`
+}
+
+// AlertState is the state of an Alert.
+type AlertState string
+
+// The states.
+const (
+	Firing       AlertState = "firing"
+	Acknowledged AlertState = "acknowledged"
+	Over         AlertState = "over"
+)
 
 // Target is somewhere to send messages to.
 type Target interface {
@@ -50,6 +77,7 @@ type eventData struct {
 	Owners      []string `json:"owners"`
 	Fingerprint string   `json:"fingerprint"`
 	Detail      any      `json:"detail,omitempty"`
+	Alert       *Alert   `json:"alert,omitempty"`
 }
 
 // cloudEventType is the media type of one event in structured mode.
@@ -69,7 +97,7 @@ func (m *Message) event() ([]byte, error) {
 	b, err := json.Marshal(cloudEvent{
 		SpecVersion: "1.0", ID: hex.EncodeToString(id[:]), Source: m.Source, Type: m.Type, Subject: m.Subject,
 		Time: m.At.UTC().Format(time.RFC3339Nano), ContentType: "application/json",
-		Data: eventData{m.Title, m.Text, owners, m.Fingerprint, m.Data},
+		Data: eventData{m.Title, m.Text, owners, m.Fingerprint, m.Data, m.Alert},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encode event: %w", err)

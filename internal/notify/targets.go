@@ -31,8 +31,8 @@ const (
 	maxOutput   = 4 << 10
 )
 
-// webhook posts events.
-type webhook struct {
+// poster posts documents to one address.
+type poster struct {
 	url, token string
 	name       string
 	client     *http.Client // nil: one of its own
@@ -40,18 +40,14 @@ type webhook struct {
 }
 
 // Name implements Target.
-func (w *webhook) Name() string { return w.name }
+func (p *poster) Name() string { return p.name }
 
-// Send implements Target. What the receiver or the network fails at is tried
+// send posts a document. What the receiver or the network fails at is tried
 // again; a refusal is not.
-func (w *webhook) Send(ctx context.Context, m *Message) error {
-	body, err := m.event()
-	if err != nil {
-		return err
-	}
-	pause := cmp.Or(w.pause, time.Second)
+func (p *poster) send(ctx context.Context, path, contentType string, body []byte) error {
+	pause := cmp.Or(p.pause, time.Second)
 	for try := 1; ; try++ {
-		again, err := w.post(ctx, body)
+		again, err := p.post(ctx, path, contentType, body)
 		if err == nil {
 			return nil
 		}
@@ -66,18 +62,18 @@ func (w *webhook) Send(ctx context.Context, m *Message) error {
 	}
 }
 
-func (w *webhook) post(ctx context.Context, body []byte) (again bool, err error) {
+func (p *poster) post(ctx context.Context, path, contentType string, body []byte) (again bool, err error) {
 	ctx, stop := context.WithTimeout(ctx, sendTimeout)
 	defer stop()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.url, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.url+path, bytes.NewReader(body))
 	if err != nil {
 		return false, errors.New("its address is no URL")
 	}
-	req.Header.Set("Content-Type", cloudEventType)
-	if w.token != "" {
-		req.Header.Set("Authorization", "Bearer "+w.token)
+	req.Header.Set("Content-Type", contentType)
+	if p.token != "" {
+		req.Header.Set("Authorization", "Bearer "+p.token)
 	}
-	client := w.client
+	client := p.client
 	if client == nil {
 		// A redirect would take the token elsewhere.
 		client = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
@@ -95,6 +91,18 @@ func (w *webhook) post(ctx context.Context, body []byte) (again bool, err error)
 		return resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests, fmt.Errorf("it answers %s", resp.Status)
 	}
 	return false, nil
+}
+
+// webhook posts events.
+type webhook struct{ poster }
+
+// Send implements Target.
+func (w *webhook) Send(ctx context.Context, m *Message) error {
+	body, err := m.event()
+	if err != nil {
+		return err
+	}
+	return w.send(ctx, "", cloudEventType, body)
 }
 
 // How a connection to a mail server is protected.

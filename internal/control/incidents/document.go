@@ -152,12 +152,12 @@ func write(d *resource.Document, s *Stored) error {
 	return err
 }
 
-// add puts notices into the outbox. An update of what is not told yet replaces
-// it; pages all stay.
+// add puts notices into the outbox. An update replaces one that is not told yet;
+// pages and changes of state all stay.
 func (s *Stored) add(notices []incident.Notice, at time.Time) {
 	for _, n := range notices {
-		if !n.Page {
-			s.Outbox = slices.DeleteFunc(s.Outbox, func(o Outgoing) bool { return !o.Page && o.Tries == 0 })
+		if !n.Page && n.State == "" {
+			s.Outbox = slices.DeleteFunc(s.Outbox, func(o Outgoing) bool { return !o.Page && o.State == "" && o.Tries == 0 })
 		}
 		if len(s.Outbox) == maxOutbox {
 			s.Outbox = s.Outbox[1:]
@@ -182,7 +182,7 @@ func actions(now func() time.Time) map[string]control.Action {
 	}
 	// told tells whoever was told of the incident what became of it.
 	told := func(s *Stored, format string, a ...any) {
-		s.add([]incident.Notice{{Incident: s.ID, Text: fmt.Sprintf(format, a...)}}, now())
+		s.add([]incident.Notice{{Incident: s.ID, Text: fmt.Sprintf(format, a...), State: s.State}}, now())
 	}
 	return map[string]control.Action{
 		"acknowledge": act(func(s *Stored, by string, body json.RawMessage) error {
