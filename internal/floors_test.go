@@ -137,6 +137,7 @@ var outside = map[string][]string{
 		"golang.org/x/sys", "github.com/google/go-tpm",
 		"github.com/klauspost/compress", "github.com/ulikunitz/xz", // apt keeps its lists compressed
 	},
+	"syslog":        {"golang.org/x/sys"}, // how much of a stream is not acknowledged
 	"agent":         {"golang.org/x/sys", "connectrpc.com/connect", "google.golang.org/protobuf"},
 	"control/hosts": {"connectrpc.com/connect", "google.golang.org/protobuf"},
 	"artefact": {

@@ -36,6 +36,8 @@ a directory with a database, a CA for TLS with the server's certificate, and the
 local administrator, whose token is written to a file.
 
   DATA/control.db          the database, unless --database says another
+  DATA/audit-log           the audit log's hashes, published: signed checkpoints in
+                           the form of C2SP tlog-tiles; audit-log.pub is their key
   DATA/tls/ca.crt          who certifies the server: clients need it
   DATA/break-glass.token   the local administrator's token: log in with it once,
                            make tokens for people, and put it into a safe
@@ -53,13 +55,16 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringVar(&o.database, "database", "", "`URL` of the database: sqlite:DIRECTORY or postgres://… (default: SQLite in the data directory)")
 	f.StringVar(&o.listen, "listen", "127.0.0.1:8443", "`ADDRESS` to listen on")
 	f.StringArrayVar(&o.names, "name", nil, "`NAME` or address that clients use, for the TLS certificate; repeat (127.0.0.1, ::1 and localhost always are)")
+	f.StringVar(&o.metrics, "metrics", "", "answer Prometheus on `ADDRESS` of this machine, such as 127.0.0.1:9477 (default: not at all)")
+	o.audit.flags(c)
 	c.AddCommand(newServerBackupCommand(e))
 	return c
 }
 
 type serverOptions struct {
-	data, database, listen string
-	names                  []string
+	data, database, listen, metrics string
+	names                           []string
+	audit                           auditOptions
 }
 
 func (o *serverOptions) url() string {
@@ -73,11 +78,13 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err := os.MkdirAll(o.data, 0o700); err != nil {
 		return err
 	}
-	door, closeStore, err := openDoor(ctx, o.url())
+	log := slog.New(slog.NewTextHandler(e.stderr, nil))
+	parts, err := openServer(ctx, o.url(), log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeStore()) }()
+	defer func() { err = errors.Join(err, parts.store.Close()) }()
+	door := parts.door
 	certificates, err := openServerTLS(filepath.Join(o.data, "tls"), append([]string{"localhost", "127.0.0.1", "::1"}, o.names...), e.now)
 	if err != nil {
 		return err
@@ -97,9 +104,14 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(e.stderr, nil))
+	if err := parts.addAudit(&o.audit, o.data, o.names); err != nil {
+		return err
+	}
+	if err := parts.addMetrics(ctx, o.metrics, e.notef); err != nil {
+		return err
+	}
 	srv := &http.Server{
-		Handler: httpapi.New(door, log, e.now), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Handler: parts.metrics.handler(httpapi.New(door, log, e.now, httpapi.Mount(parts.routes...))), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
 		TLSConfig:   serverTLSConfig(certificates, clients),
@@ -108,6 +120,7 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err != nil {
 		return err
 	}
+	defer parts.start(ctx)() // before the database is closed
 	e.notef("serving on https://%s", l.Addr())
 	done := make(chan error, 1)
 	go func() { done <- srv.ServeTLS(l, "", "") }()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 
 	"ringwall/internal/agent"
@@ -134,17 +135,17 @@ func (m managed) Read(ctx context.Context, fn func(control.Tx) error) error {
 	return m.Store.Read(ctx, func(tx *store.Tx) error { return fn(tx) })
 }
 
-// openDoor opens the server's database and the door to it.
-func openDoor(ctx context.Context, url string) (*control.Door, func() error, error) {
+// openServer opens the server's database, and what a server joins to it.
+func openServer(ctx context.Context, url string, log *slog.Logger) (*serverParts, error) {
 	s, err := store.Open(ctx, url)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	d, err := control.New(managed{s})
-	if err != nil {
-		return nil, nil, errors.Join(err, s.Close())
+	p := newServerParts(s, log)
+	if p.door, err = control.New(p.metrics.store(managed{s})); err != nil {
+		return nil, errors.Join(err, s.Close())
 	}
-	return d, s.Close, nil
+	return p, nil
 }
 
 func backupDatabase(ctx context.Context, url, file string) error {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
@@ -73,6 +74,19 @@ func ParseLogKey(s string) (*LogKey, error) {
 		return bad("key hash " + strconv.Quote(hash) + " or the spelling is not the key's")
 	}
 	return k, nil
+}
+
+// FormatLogKey is the verifier key of a log's name and public key, as
+// ParseLogKey reads it.
+func FormatLogKey(origin string, key crypto.PublicKey) (string, error) {
+	pub, ok := key.(*ecdsa.PublicKey)
+	if !ok || pub.Curve != elliptic.P256() {
+		return "", fmt.Errorf("log key of %.140q: not on P-256: %w", origin, errs.Invalid)
+	}
+	if err := checkOrigin(origin); err != nil {
+		return "", fmt.Errorf("log key: %w", err)
+	}
+	return (&LogKey{Origin: origin, Key: pub}).String(), nil
 }
 
 // String returns the key as ParseLogKey reads it.

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+
+	"ringwall/internal/control"
+	"ringwall/internal/httpapi"
+	"ringwall/internal/store"
+)
+
+// serverParts is what runs beside the tree in a server: each part adds its
+// routes, its loops and its metrics before the server starts.
+type serverParts struct {
+	store   *store.Store
+	door    *control.Door
+	log     *slog.Logger
+	metrics *serverMetrics
+	// leader runs loops of which there must be one in the fleet.
+	leader *control.Leader
+
+	routes []httpapi.Route
+	loops  []func(ctx context.Context)
+}
+
+func newServerParts(s *store.Store, log *slog.Logger) *serverParts {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown"
+	}
+	m := newServerMetrics(s)
+	return &serverParts{
+		store: s, log: log, metrics: m,
+		leader: &control.Leader{
+			Leases: s, Term: control.DefaultTerm, Log: log, Held: m.held,
+			// drawn anew at each start: a process never takes another's holding for its own
+			Owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), rand.Text()),
+		},
+	}
+}
+
+// loop adds what runs in every replica until ctx ends.
+func (p *serverParts) loop(run func(ctx context.Context)) { p.loops = append(p.loops, run) }
+
+// lead adds what runs in one replica at a time; see control.Leader.Run.
+func (p *serverParts) lead(lease string, run func(ctx context.Context, f control.Fence) error) {
+	p.loop(func(ctx context.Context) { _ = p.leader.Run(ctx, lease, run) })
+}
+
+// start starts the loops; what it returns waits for their end, after ctx.
+func (p *serverParts) start(ctx context.Context) (wait func()) {
+	var wg sync.WaitGroup
+	for _, run := range p.loops {
+		wg.Go(func() { run(ctx) })
+	}
+	return wg.Wait
+}
