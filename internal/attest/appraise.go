@@ -270,6 +270,16 @@ func (a *appraisal) ima(bank *Bank) error {
 	return nil
 }
 
+// Covered: every catalogue that entries were looked up in is still there. Where
+// one is not, a host must send its whole list again.
+func (f *IMAFacts) Covered(by Catalogues) bool {
+	if by == nil {
+		return len(f.Catalogues) == 0
+	}
+	names := by.Names()
+	return !slices.ContainsFunc(f.Catalogues, func(n string) bool { return !slices.Contains(names, n) })
+}
+
 // imaReader sorts the entries of a list.
 type imaReader struct {
 	policy     *Policy
@@ -287,14 +297,11 @@ func (f *IMAFacts) clone() IMAFacts {
 // stillKnown: what was looked up before would be found again. Findings of
 // before are looked up anew, because a catalogue may have come since.
 func (w *imaReader) stillKnown() bool {
-	if w.catalogues == nil {
-		return len(w.facts.Catalogues) == 0
+	if !w.facts.Covered(w.catalogues) {
+		return false
 	}
-	names := w.catalogues.Names()
-	for _, n := range w.facts.Catalogues {
-		if !slices.Contains(names, n) {
-			return false
-		}
+	if w.catalogues == nil {
+		return true
 	}
 	w.facts.Unknown = slices.DeleteFunc(w.facts.Unknown, func(f Finding) bool {
 		text, verity := strings.CutPrefix(f.Digest, "verity:")

@@ -269,6 +269,7 @@ type OpenChallenge struct {
 	Identity  Identity  `json:"identity"`
 	Basis     Basis     `json:"basis"`            // why the endorsement key is believed
 	Secret    []byte    `json:"secret,omitempty"` // SHA-256 of the credential's; empty: none was asked for
+	Version   uint64    `json:"version"`          // of the record that the question was made of
 }
 
 // SkipIMA is the rest of a binary list behind its first n entries; digestSize

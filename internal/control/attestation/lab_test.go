@@ -447,7 +447,7 @@ func (l *lab) accepted(name string, m *machine) *attest.Reply {
 	l.t.Helper()
 	r, err := l.round(name, m)
 	if err != nil || r.Status != attest.Affirming || r.Certificate == nil {
-		l.t.Fatalf("%s: %+v, %v", name, r, err)
+		l.t.Fatalf("%s: %s, %v", name, reasonsOf(r), err)
 	}
 	return r
 }

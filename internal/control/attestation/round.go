@@ -63,7 +63,7 @@ func (s *Service) challenge(ctx context.Context, host string, req *attest.Reques
 		},
 	}
 	_, _ = rand.Read(open.Challenge.Nonce) // never fails, see crypto/rand
-	q := &attest.Question{Nonce: open.Challenge.Nonce, Key: open.Challenge.Key, Bank: terms.Policy.Bank}
+	var q *attest.Question
 	secret, cred, err := attest.MakeCredential(ek, ak)
 	if err != nil {
 		return nil, err
@@ -71,7 +71,7 @@ func (s *Service) challenge(ctx context.Context, host string, req *attest.Reques
 	sum := sha256.Sum256(secret)
 	var refused error
 	err = s.write(ctx, func(tx Tx) error {
-		refused, open.Secret, q.Credential = nil, nil, nil
+		refused, open.Secret, open.Version, q = nil, nil, 0, question(open)
 		rec, err := s.belongs(ctx, tx, host, ek.ID())
 		if err != nil {
 			refused = err
@@ -88,7 +88,13 @@ func (s *Service) challenge(ctx context.Context, host string, req *attest.Reques
 			open.Secret, q.Credential = sum[:], &cred
 		}
 		if rec != nil && rec.State != nil {
-			q.Boot, q.Resets, q.IMAFrom = rec.State.EventLog, rec.State.Clock.Resets, rec.State.IMA.Entries
+			q.Boot, q.Resets = rec.State.EventLog, rec.State.Clock.Resets
+			if rec.State.Facts.Covered(terms.Catalogues) {
+				q.IMAFrom = rec.State.IMA.Entries
+			}
+		}
+		if rec != nil {
+			open.Version = rec.Version
 		}
 		return tx.PutAttestationChallenge(ctx, open)
 	})
@@ -96,6 +102,11 @@ func (s *Service) challenge(ctx context.Context, host string, req *attest.Reques
 		return nil, err
 	}
 	return q, nil
+}
+
+func question(open *attest.OpenChallenge) *attest.Question {
+	c := &open.Challenge
+	return &attest.Question{Nonce: c.Nonce, Key: c.Key, Bank: c.Bank}
 }
 
 // refusal records one that a person should see.
@@ -172,14 +183,16 @@ func trust(rec *attest.HostRecord, req *attest.Request, ek *attest.EK, terms *Te
 	return policy.Trust(ek, cert, between, now)
 }
 
+const waits = "waits for approval"
+
 // wait puts a TPM that nobody vouches for onto the list of those that a person
 // may approve.
 func (s *Service) wait(ctx context.Context, rec *attest.HostRecord, open *attest.OpenChallenge) error {
 	pending := attest.Refuse(attest.ReasonEKPending, "key "+string(rec.TPM)+" waits for a person's approval")
-	if rec.Standing == attest.StandingPending {
+	if rec.Standing == attest.StandingPending && rec.Why == waits {
 		return pending
 	}
-	rec.Identity, rec.Standing, rec.Why, rec.LastSeen = open.Identity, attest.StandingPending, "waits for approval", s.Now().UTC()
+	rec.Identity, rec.Standing, rec.Why, rec.LastSeen = open.Identity, attest.StandingPending, waits, s.Now().UTC()
 	return errors.Join(pending, s.write(ctx, func(tx Tx) error {
 		if _, err := s.belongs(ctx, tx, rec.Host, rec.TPM); err != nil {
 			return err
@@ -249,6 +262,10 @@ func (s *Service) verify(ctx context.Context, host string, a *attest.Answer) (*a
 	}
 	if rec.Basis == "" && open.Basis == "" {
 		return nil, s.wait(ctx, rec, open)
+	}
+	// what was asked for is not what is wanted any more: no fault of the host's
+	if rec.Version != open.Version || a.Evidence.IMAFrom > 0 && rec.State != nil && !rec.State.Facts.Covered(terms.Catalogues) {
+		return nil, fmt.Errorf("what is known of it has changed since it was asked: ask again: %w", errs.Conflict)
 	}
 	in := &attest.Input{
 		Enrolled:  attest.Enrolled{Host: ek.ID(), AKName: ak.Name(), Basis: open.Basis},

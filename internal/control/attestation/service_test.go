@@ -63,7 +63,7 @@ func TestHost_rounds(t *testing.T) {
 		t.Errorf("sends the log (%d bytes) or the list from %d again", len(a.Evidence.EventLog), a.Evidence.IMAFrom)
 	}
 	if r, err := l.service.Verify(t.Context(), "web-1", a); err != nil || r.Status != attest.Affirming {
-		t.Fatalf("%+v, %v", r, err)
+		t.Fatalf("%s, %v", reasonsOf(r), err)
 	}
 	l.restart()
 	l.accepted("web-1", m)
@@ -129,7 +129,7 @@ func TestQuarantine(t *testing.T) {
 	// good evidence alone ends nothing
 	l.files = append(l.files, "rogue")
 	if r, err := l.round("web-1", m); err != nil || r.Status != attest.Affirming || r.Certificate != nil {
-		t.Errorf("%+v, %v", r, err)
+		t.Errorf("%s, %v", reasonsOf(r), err)
 	}
 	if s := l.state("web-1"); s != attestation.StateQuarantined {
 		t.Errorf("it is %s", s)
@@ -215,4 +215,11 @@ func TestSilence(t *testing.T) {
 	if s := l.state("web-1"); s != attestation.StateQuarantined || len(l.incidents) != 1 || l.incidents[0].Reasons[0] != attest.ReasonSilent {
 		t.Errorf("%s, %+v", s, l.incidents)
 	}
+}
+
+func reasonsOf(r *attest.Reply) []attest.Reason {
+	if r == nil {
+		return nil
+	}
+	return append([]attest.Reason{attest.Reason(r.Status)}, r.Reasons...)
 }
