@@ -268,7 +268,7 @@ type OpenChallenge struct {
 	Name      string    `json:"name"` // the fleet's name of the host
 	Identity  Identity  `json:"identity"`
 	Basis     Basis     `json:"basis"`            // why the endorsement key is believed
-	Secret    []byte    `json:"secret,omitempty"` // SHA-256 of the credential's; empty: none was asked for
+	Opened    []byte    `json:"opened,omitempty"` // SHA-256 of the credential's secret; empty: none was asked for
 	Version   uint64    `json:"version"`          // of the record that the question was made of
 }
 

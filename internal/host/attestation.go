@@ -417,7 +417,7 @@ func MeasurePolicy() string {
 // place of path and reads it once, so that the kernel measures it.
 func WriteRecord(path string, text []byte) error {
 	tmp := path + ".new"
-	err := os.WriteFile(tmp, text, 0o444)
+	err := os.WriteFile(tmp, text, 0o600)
 	if err == nil {
 		err = os.Chown(tmp, RecordOwner, 0)
 	}

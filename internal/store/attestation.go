@@ -37,7 +37,7 @@ func (t *Tx) AttestationTPM(ctx context.Context, tpm attest.HostID) (*attest.Hos
 }
 
 func (t *Tx) attestation(ctx context.Context, column, value string) (*attest.HostRecord, error) {
-	r, err := scanAttestation(t.tx.QueryRowContext(ctx, "SELECT "+attestationColumns+" FROM attestation_host WHERE "+column+" = $1", value)) //nolint:gosec // one of the two columns above
+	r, err := scanAttestation(t.tx.QueryRowContext(ctx, "SELECT "+attestationColumns+" FROM attestation_host WHERE "+column+" = $1", value))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, fmt.Errorf("attestation of %s: %w", value, errs.NotFound)
 	}

@@ -12,7 +12,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -514,13 +513,4 @@ func wantReason(t testing.TB, what string, err error, want attest.Reason) {
 	if err == nil || attest.ReasonOf(err) != want {
 		t.Errorf("%s: %v, want %s", what, err, want)
 	}
-}
-
-func mustMarshal(t testing.TB, v any) []byte {
-	t.Helper()
-	b, err := json.Marshal(v)
-	if err != nil {
-		t.Fatal(fmt.Errorf("%T: %w", v, err))
-	}
-	return b
 }

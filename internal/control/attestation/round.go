@@ -71,7 +71,7 @@ func (s *Service) challenge(ctx context.Context, host string, req *attest.Reques
 	sum := sha256.Sum256(secret)
 	var refused error
 	err = s.write(ctx, func(tx Tx) error {
-		refused, open.Secret, open.Version, q = nil, nil, 0, question(open)
+		refused, open.Opened, open.Version, q = nil, nil, 0, question(open)
 		rec, err := s.belongs(ctx, tx, host, ek.ID())
 		if err != nil {
 			refused = err
@@ -85,7 +85,7 @@ func (s *Service) challenge(ctx context.Context, host string, req *attest.Reques
 			return refusal(ctx, tx, host, refused)
 		}
 		if rec == nil || rec.Basis == "" || !bytes.Equal(rec.Identity.AK, req.Identity.AK) {
-			open.Secret, q.Credential = sum[:], &cred
+			open.Opened, q.Credential = sum[:], &cred
 		}
 		if rec != nil && rec.State != nil {
 			q.Boot, q.Resets = rec.State.EventLog, rec.State.Clock.Resets
@@ -314,7 +314,7 @@ func (s *Service) redeem(ctx context.Context, host string, a *attest.Answer) (*a
 	if _, err := attest.Redeem(once{taken, err}, a.Nonce, taken.Host, s.Now().UTC()); err != nil {
 		return nil, err
 	}
-	if want := c.got.Secret; len(want) > 0 {
+	if want := c.got.Opened; len(want) > 0 {
 		sum := sha256.Sum256(a.Secret)
 		if subtle.ConstantTimeCompare(sum[:], want) != 1 {
 			return nil, attest.Refuse(attest.ReasonActivation, "the secret of the credential is another: the keys are not in one TPM")

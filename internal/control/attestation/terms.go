@@ -128,7 +128,7 @@ func certificates(texts []string) ([]*x509.Certificate, error) {
 		}
 		c, err := x509.ParseCertificate(block.Bytes)
 		if err != nil || !c.IsCA {
-			return nil, fmt.Errorf("CA %d: not a certificate of a CA (%v): %w", i+1, err, errs.Invalid)
+			return nil, fmt.Errorf("CA %d: not a certificate of a CA: %w", i+1, errors.Join(err, errs.Invalid))
 		}
 		out = append(out, c)
 	}
@@ -211,8 +211,10 @@ type Tree struct {
 	// Catalogues gives the catalogues of what a host may run; nil: none.
 	Catalogues func(ctx context.Context, host string) (attest.Catalogues, error)
 
-	mu   sync.Mutex
-	read map[string]readPolicy
+	mu       sync.Mutex
+	read     map[string]readPolicy
+	revision uint64 // of the tree, that all is of
+	all      []readPolicy
 }
 
 // readPolicy is a document that was parsed, as of its revision.
@@ -232,28 +234,18 @@ func (p *Tree) For(ctx context.Context, host string) (*Terms, error) {
 		}
 	}
 	var found *Terms
-	err = p.Store.Read(ctx, func(tx control.Tx) error {
-		found = nil
-		var general *Terms
-		err := eachPolicy(ctx, tx, func(d *resource.Document) error {
-			shell, terms, err := p.parsed(d)
-			switch {
-			case err != nil:
-				return err
-			case slices.Contains(shell.Rings, ring):
-				found = terms
-			case len(shell.Rings) == 0:
-				general = terms
-			}
-			return nil
-		})
-		if found == nil {
-			found = general
-		}
-		return err
-	})
+	all, err := p.policies(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("attestation policy of host %s: %w", host, err)
+	}
+	for _, r := range all {
+		if slices.Contains(r.shell.Rings, ring) {
+			found = r.terms
+			break
+		}
+		if len(r.shell.Rings) == 0 {
+			found = r.terms
+		}
 	}
 	if found == nil {
 		return nil, fmt.Errorf("no attestation policy is for host %s in ring %q: %w", host, ring, errs.NotFound)
@@ -265,20 +257,35 @@ func (p *Tree) For(ctx context.Context, host string) (*Terms, error) {
 	return &terms, err
 }
 
-// parsed reads a document once for every revision of it.
-func (p *Tree) parsed(d *resource.Document) (*policyShell, *Terms, error) {
+// policies are all of them, read when the tree has changed since.
+func (p *Tree) policies(ctx context.Context) ([]readPolicy, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if r, ok := p.read[d.ID.Key()]; ok && r.revision == d.Revision {
-		return r.shell, r.terms, nil
-	}
-	shell, terms, err := parsePolicy(d)
+	var now uint64
+	var all []readPolicy
+	read := map[string]readPolicy{}
+	err := p.Store.Read(ctx, func(tx control.Tx) (err error) {
+		if now, err = tx.Revision(ctx); err != nil || now == p.revision {
+			return err
+		}
+		all = nil
+		return eachPolicy(ctx, tx, func(d *resource.Document) error {
+			r, ok := p.read[d.ID.Key()]
+			if !ok || r.revision != d.Revision {
+				r = readPolicy{revision: d.Revision}
+				if r.shell, r.terms, err = parsePolicy(d); err != nil {
+					return fmt.Errorf("policy %s: %w", d.ID, err)
+				}
+			}
+			read[d.ID.Key()], all = r, append(all, r)
+			return nil
+		})
+	})
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("policy %s", d.ID), err)
+		return nil, err
 	}
-	if p.read == nil {
-		p.read = map[string]readPolicy{}
+	if now != p.revision {
+		p.read, p.all, p.revision = read, all, now
 	}
-	p.read[d.ID.Key()] = readPolicy{d.Revision, shell, terms}
-	return shell, terms, nil
+	return p.all, nil
 }
