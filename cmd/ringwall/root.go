@@ -45,6 +45,7 @@ func commands(e *env) []*cobra.Command {
 		newResourceCommand(e),
 		newTokenCommand(e),
 		newAuditCommand(e),
+		newIncidentCommand(e),
 		newVersionCommand(e),
 		newManCommand(e),
 		newExitCodesTopic(),

@@ -56,15 +56,16 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringVar(&o.listen, "listen", "127.0.0.1:8443", "`ADDRESS` to listen on")
 	f.StringArrayVar(&o.names, "name", nil, "`NAME` or address that clients use, for the TLS certificate; repeat (127.0.0.1, ::1 and localhost always are)")
 	f.StringVar(&o.metrics, "metrics", "", "answer Prometheus on `ADDRESS` of this machine, such as 127.0.0.1:9477 (default: not at all)")
+	f.StringVar(&o.notify, "notify", "", "`FILE` that says whom to tell of incidents (default: nobody, only the log)")
 	o.audit.flags(c)
 	c.AddCommand(newServerBackupCommand(e))
 	return c
 }
 
 type serverOptions struct {
-	data, database, listen, metrics string
-	names                           []string
-	audit                           auditOptions
+	data, database, listen, metrics, notify string
+	names                                   []string
+	audit                                   auditOptions
 }
 
 func (o *serverOptions) url() string {
@@ -105,6 +106,9 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 		return err
 	}
 	if err := parts.addAudit(&o.audit, o.data, o.names); err != nil {
+		return err
+	}
+	if err := parts.addIncidents(o.notify, e.now); err != nil {
 		return err
 	}
 	if err := parts.addMetrics(ctx, o.metrics, e.notef); err != nil {

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"ringwall/internal/control"
+	"ringwall/internal/control/incidents"
 	"ringwall/internal/httpapi"
 	"ringwall/internal/store"
 )
@@ -21,7 +22,8 @@ type serverParts struct {
 	log     *slog.Logger
 	metrics *serverMetrics
 	// leader runs loops of which there must be one in the fleet.
-	leader *control.Leader
+	leader    *control.Leader
+	incidents *incidents.Engine
 
 	routes []httpapi.Route
 	loops  []func(ctx context.Context)

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
+	"time"
 
 	"ringwall/internal/agent"
 	"ringwall/internal/control"
+	"ringwall/internal/control/incidents"
 	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
 	"ringwall/internal/image"
@@ -142,10 +145,15 @@ func openServer(ctx context.Context, url string, log *slog.Logger) (*serverParts
 		return nil, err
 	}
 	p := newServerParts(s, log)
-	if p.door, err = control.New(p.metrics.store(managed{s})); err != nil {
+	if p.door, err = control.New(p.metrics.store(managed{s}), serverKinds()...); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return p, nil
+}
+
+// serverKinds are the types of documents of the server's parts.
+func serverKinds() []control.Kind {
+	return slices.Concat(incidents.Kinds(time.Now))
 }
 
 func backupDatabase(ctx context.Context, url, file string) error {

@@ -1,0 +1,86 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"ringwall/internal/control/incidents"
+	"ringwall/internal/incident"
+	"ringwall/internal/testkit"
+)
+
+// TestIncident is a night on call: a page by mail, and what a person types.
+func TestIncident(t *testing.T) {
+	mail := testkit.StartMailServer(t)
+	file := filepath.Join(t.TempDir(), "notify.yaml")
+	if err := os.WriteFile(file, fmt.Appendf(nil, "version: 1\nmail: [{server: %q, from: ringwall@example.com, to: [oncall@example.com], tls: none}]\n", mail.Address), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := startServer(t, "--notify", file)
+	if err := os.Rename(filepath.Join(s.dir, "fleet/break-glass.token"), filepath.Join(s.dir, "admin.token")); err != nil {
+		t.Fatal(err)
+	}
+	s.login("admin")
+	s.must(0, "admin", "{}", "resource", "put", "/subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590", "--file", "-")
+	s.must(0, "admin", "{}", "resource", "put", testGroup, "--file", "-")
+	if got := s.must(0, "admin", "", "incident", "list"); !strings.Contains(got, "nothing is going on") {
+		t.Error(got)
+	}
+
+	// A block, as the server would store it.
+	const name = "inc-20310501-k3f9ab"
+	i, notices := incident.New(name, &incident.Event{
+		ID: "1", Scope: testGroup, Host: "web-1", Kind: "exec", Path: "/tmp/\x1b[31mminer", SHA256: strings.Repeat("ab", 32), Parent: "/usr/sbin/nginx",
+		Rule: "default", Reason: "not-listed", Mode: "enforce", Count: 3, At: time.Now().UTC(),
+	})
+	stored := incidents.Stored{Incident: *i}
+	for _, n := range notices {
+		stored.Outbox = append(stored.Outbox, incidents.Outgoing{Notice: n, At: i.OpenedAt})
+	}
+	doc, err := json.Marshal(map[string]any{"properties": stored})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.must(0, "admin", string(doc), "resource", "put", testGroup+"/providers/"+incidents.TypeIncident+"/"+name, "--file", "-")
+	if got := mail.Wait(t, 1)[0]; !strings.Contains(got, "Subject: =?utf-8?q?") && !strings.Contains(got, "Subject: [warning]") || !strings.Contains(got, "ringwall incident ack "+name) {
+		t.Errorf("the page:\n%s", got)
+	}
+
+	if got := s.must(0, "admin", "", "incident", "list"); !strings.Contains(got, name) || !strings.Contains(got, "open") || strings.Contains(got, "\x1b") {
+		t.Errorf("%q", got)
+	}
+	for _, c := range []struct {
+		exit int
+		args []string
+		want string
+	}{
+		{0, []string{"show", name}, "nginx"},
+		{0, []string{"show", "inc-20310501"}, "incident triage " + name + " --cause attack"},
+		{4, []string{"show", "inc-1999"}, "there is no incident"},
+		{0, []string{"ack", name}, "acknowledged by break-glass"},
+		{2, []string{"ack", name, "--for", "48h"}, "--for"},
+		{0, []string{"comment", name, "known to nobody"}, "acknowledged"},
+		{6, []string{"close", name}, "resolve it first"},
+		{0, []string{"triage", name, "--cause", "attack", "--impact", "none"}, "acknowledged"},
+		{0, []string{"mitigate", name, "host isolated"}, "mitigated"},
+		{0, []string{"resolve", name}, "resolved"},
+		{0, []string{"close", name}, "closed"},
+		{0, []string{"list"}, "nothing is going on"},
+		{0, []string{"list", "--all"}, name},
+		{0, []string{"show", name}, "time to mitigate"},
+		{0, []string{"silence", testGroup, "known", "--path", "/srv/", "--reason", "a test"}, `"reason": "a test"`},
+	} {
+		code, out, errOut := s.run("admin", "", append([]string{"incident"}, c.args...)...)
+		if code != c.exit || !strings.Contains(out+errOut, c.want) {
+			t.Errorf("incident %q: exit %d, want %d with %q\n%s%s", c.args, code, c.exit, c.want, out, errOut)
+		}
+	}
+	if got := mail.Wait(t, 4); len(got) != 4 { // the page, acknowledged, mitigated, resolved
+		t.Errorf("%d mails", len(got))
+	}
+}
