@@ -1,110 +1,122 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"os"
+	"net/http"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
+	"ringwall/internal/api"
 	"ringwall/internal/audit"
 	"ringwall/internal/errs"
+	"ringwall/internal/host"
+	"ringwall/internal/pki"
+	"ringwall/internal/syslog"
 )
 
 func newAuditCommand(e *env) *cobra.Command {
 	return newGroup("audit", groupFleet, "Read and verify the server's audit log",
 		`Every change, made, failed or refused, is a record that holds the SHA-256
-of the one before it. An export can be verified without the server and without
-trusting it: no record can be edited, dropped, moved or inserted. Keep the last
-checkpoint of each verification somewhere else: it shows when the log's end was
-cut off or all of it was written anew.`,
+of the one before it. The server publishes the hashes in a log of its own and
+signs how far it is: a checkpoint. An export and a checkpoint can be verified
+without the server and without trusting it: no record can be edited, dropped,
+moved, inserted or cut off. Keep a checkpoint of each verification elsewhere:
+it shows that the whole log was written anew, key and all.`,
 		newAuditExportCommand(e), newAuditVerifyCommand(e))
 }
 
 func newAuditExportCommand(e *env) *cobra.Command {
 	var after uint64
+	var checkpoint, format string
 	c := &cobra.Command{
-		Use:     "export",
-		Short:   "Print the audit log as JSON lines",
-		Long:    "Prints a JSON object a line: seq, at, actor, action, target, outcome, reason,\ndetail (a text that holds JSON), prev, hash.",
-		Example: "  ringwall audit export > audit.jsonl\n  ringwall audit export --after 1200 >> audit.jsonl",
-		Args:    exactly(),
+		Use:   "export",
+		Short: "Print the audit log as JSON lines",
+		Long: `Prints a JSON object a line: seq, at, actor, action, target, outcome, reason,
+detail (a text that holds JSON), prev, hash. With --format ocsf each is an event
+API Activity (6003) of OCSF 1.3.
+
+--checkpoint FILE also writes the newest signed checkpoint, for audit verify. It
+is taken first, so that the export holds everything that it is about. A server
+publishes a second or two after a change.`,
+		Example: `  ringwall audit export > audit.jsonl
+  ringwall audit export --checkpoint audit.checkpoint > audit.jsonl
+  ringwall audit export --after 1200 >> audit.jsonl
+  ringwall audit export --format ocsf | jq .message`,
+		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
+			if format != "json" && format != "ocsf" {
+				return usage(fmt.Errorf("--format %q: want json or ocsf", format))
+			}
 			client, err := connect(e)
 			if err != nil {
 				return err
 			}
-			return client.Lines(c.Context(), "/ringwall/audit?after="+strconv.FormatUint(after, 10), func(line []byte) error {
+			if checkpoint != "" {
+				signed, err := serverCheckpoint(c.Context(), client)
+				if err != nil {
+					return err
+				}
+				if err := host.WriteFile(checkpoint, []byte(signed.Checkpoint), 0o644); err != nil {
+					return err
+				}
+			}
+			return exportAudit(c.Context(), client, after, func(line []byte) error {
+				if format == "ocsf" {
+					if line, err = ocsfLine(line); err != nil {
+						return err
+					}
+				}
 				_, err := fmt.Fprintf(e.stdout, "%s\n", line)
 				return err
 			})
 		},
 	}
-	c.Flags().Uint64Var(&after, "after", 0, "begin after this record's `NUMBER`")
-	return c
-}
-
-func newAuditVerifyCommand(e *env) *cobra.Command {
-	var kept []string
-	var from string
-	c := &cobra.Command{
-		Use:   "verify FILE",
-		Short: "Check that an export is the whole, unchanged log",
-		Long: `Reads an export and checks the chain of its records. A checkpoint is NUMBER:HASH,
-as this command prints it; give those that you kept.
-
-JSON: {"records", "from", "to": {"seq", "hash"}, "refused"}`,
-		Example: `  ringwall audit verify audit.jsonl
-  ringwall audit verify audit.jsonl --checkpoint 1200:5bb9c2f4…`,
-		Args: exactly("FILE"),
-		RunE: func(_ *cobra.Command, args []string) error {
-			var start audit.Checkpoint
-			var err error
-			if from != "" {
-				if start, err = parseCheckpoint(from); err != nil {
-					return err
-				}
-			}
-			var marks []audit.Checkpoint
-			for _, k := range kept {
-				m, err := parseCheckpoint(k)
-				if err != nil {
-					return err
-				}
-				marks = append(marks, m)
-			}
-			in := io.NopCloser(e.stdin)
-			if args[0] != "-" {
-				if in, err = os.Open(args[0]); err != nil {
-					return err
-				}
-				defer func() { _ = in.Close() }()
-			}
-			rep, err := audit.Verify(in, start, marks...)
-			if err != nil {
-				return err
-			}
-			return e.emit(rep, func(w io.Writer) {
-				fmt.Fprintf(w, "%d records, %d of them refusals: the chain is whole\ncheckpoint: %d:%s\n", rep.Records, rep.Refused, rep.To.Seq, rep.To.Hash)
-			})
-		},
-	}
 	f := c.Flags()
-	f.StringArrayVar(&kept, "checkpoint", nil, "a `NUMBER:HASH` that must be in the log; repeat")
-	f.StringVar(&from, "from", "", "the `NUMBER:HASH` that the export begins after (default: the beginning)")
+	f.Uint64Var(&after, "after", 0, "begin after this record's `NUMBER`")
+	f.StringVar(&checkpoint, "checkpoint", "", "write the newest signed checkpoint to `FILE`")
+	f.StringVar(&format, "format", "json", "json or ocsf (`FORMAT`)")
 	return c
 }
 
-func parseCheckpoint(s string) (audit.Checkpoint, error) {
-	var c audit.Checkpoint
-	number, hash, ok := strings.Cut(s, ":")
-	n, err := strconv.ParseUint(number, 10, 64)
-	if !ok || err != nil || json.Unmarshal([]byte(strconv.Quote(hash)), &c.Hash) != nil {
-		return c, fmt.Errorf("checkpoint %.100q: want NUMBER:HASH: %w", s, errs.Invalid)
+func exportAudit(ctx context.Context, client *api.Client, after uint64, visit func(line []byte) error) error {
+	return client.Lines(ctx, "/ringwall/audit?after="+strconv.FormatUint(after, 10), visit)
+}
+
+func ocsfLine(line []byte) ([]byte, error) {
+	var r audit.Record
+	if err := json.Unmarshal(line, &r); err != nil {
+		return nil, fmt.Errorf("a record of the server: %w: %w", err, errs.Invalid)
 	}
-	c.Seq = n
-	return c, nil
+	event := syslog.AuditEvent(&r)
+	return event.JSON()
+}
+
+// serverCheckpoint is the newest that the server has, with the key that it says.
+func serverCheckpoint(ctx context.Context, client *api.Client) (*signedAudit, error) {
+	b, _, err := client.Do(ctx, api.Request{Method: http.MethodGet, Path: "/ringwall/audit/checkpoint"})
+	if err != nil {
+		return nil, err
+	}
+	var out signedAudit
+	if err := pki.UnmarshalStrict(bytes.TrimSpace(b), &out, 64<<10); err != nil {
+		return nil, fmt.Errorf("the server's checkpoint: %w", err)
+	}
+	return &out, nil
+}
+
+// pipeAudit is the server's export as a stream.
+func pipeAudit(ctx context.Context, client *api.Client) io.ReadCloser {
+	r, w := io.Pipe()
+	go func() {
+		w.CloseWithError(exportAudit(ctx, client, 0, func(line []byte) error {
+			_, err := w.Write(append(bytes.Clone(line), '\n'))
+			return err
+		}))
+	}()
+	return r
 }

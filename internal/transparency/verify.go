@@ -18,13 +18,7 @@ import (
 // hashes that others need for their proofs. What is missing, changed, in
 // another order or more than there should be is errs.Untrusted.
 func (r *Reader) Verify(ctx context.Context, c *pki.Checkpoint) error {
-	f := &pki.Frontier{}
-	var tiles tileCheck
-	err := r.follow(ctx, f, c, func(_ uint64, _ []byte, leaf [32]byte) error { return tiles.add(ctx, r, 0, leaf) })
-	if err != nil {
-		return err
-	}
-	return tiles.finish(ctx, r)
+	return r.Each(ctx, c, func(uint64, []byte) error { return nil })
 }
 
 // follow adds the entries from f's size up to the checkpoint to f, calls each
@@ -135,4 +129,21 @@ func (l *tileLevel) compare(ctx context.Context, r *Reader, level int) error {
 		return fmt.Errorf("tile %d of level %d holds other hashes than the entries have: %w", l.index, level, errs.Untrusted)
 	}
 	return nil
+}
+
+// Each verifies the whole log up to a checkpoint as Verify does, and calls visit
+// for each entry before: what it is told is not verified before Each has
+// returned nil.
+func (r *Reader) Each(ctx context.Context, c *pki.Checkpoint, visit func(index uint64, entry []byte) error) error {
+	var tiles tileCheck
+	err := r.follow(ctx, &pki.Frontier{}, c, func(index uint64, entry []byte, leaf [32]byte) error {
+		if err := visit(index, entry); err != nil {
+			return err
+		}
+		return tiles.add(ctx, r, 0, leaf)
+	})
+	if err != nil {
+		return err
+	}
+	return tiles.finish(ctx, r)
 }
