@@ -13,6 +13,7 @@ import (
 func TestDocs(t *testing.T) {
 	for _, page := range []string{"make-keys.md", "transparency-log.md", "sign-a-build.md", "build-an-image.md", "write-a-policy.md", "csv-in-ci.md"} {
 		t.Run(page, func(t *testing.T) {
+			t.Parallel()
 			text, err := os.ReadFile(filepath.Join("../../docs/ops", page))
 			if err != nil {
 				t.Fatal(err)

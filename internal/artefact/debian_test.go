@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"ringwall/internal/artefact"
+	"ringwall/internal/testkit"
 )
 
 // realPackages are what Debian 12 ships, of every sort: servers, interpreters
@@ -103,6 +104,9 @@ func TestDeb_dpkg(t *testing.T) {
 	t.Parallel()
 	var files, nested int
 	for _, p := range debianPackages(t) {
+		if st, err := os.Stat(p); err == nil && testkit.Race && st.Size() > 256<<10 {
+			continue
+		}
 		t.Run(filepath.Base(p), func(t *testing.T) {
 			a := open(t, p, artefact.Options{})
 			got := members(t, a) // with what is in archives within: that can be read too
@@ -129,7 +133,7 @@ func TestDeb_dpkg(t *testing.T) {
 		})
 	}
 	t.Logf("%d members agree, %d more lie in archives within", files, nested)
-	if nested < 500 {
+	if nested < 500 && !testkit.Race {
 		t.Errorf("%d members in jars and wheels", nested)
 	}
 }
@@ -137,6 +141,9 @@ func TestDeb_dpkg(t *testing.T) {
 // debianTree unpacks some of the packages into one tree.
 func debianTree(t *testing.T, packages ...string) string {
 	t.Helper()
+	if testkit.Race {
+		packages = []string{"hello", "lua5.4"}
+	}
 	dir := filepath.Join(t.TempDir(), "tree")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -155,7 +162,8 @@ func TestImages_nativeTools(t *testing.T) {
 	t.Parallel()
 	dir := debianTree(t, "nginx", "python3.11-minimal", "libpython3.11-minimal", "perl-base", "lua5.4", "coreutils", "sudo", "iputils-ping",
 		"libc6-dev", "junit4", "hello", "dash", "tzdata", "systemd-boot-efi", "busybox-static")
-	whole := members(t, open(t, dir, artefact.Options{Depth: -1}))
+	// two formats get all of it, the others what differs in kind
+	few := debianTree(t, "lua5.4", "sudo", "iputils-ping", "junit4", "hello", "dash", "libpython3.11-minimal", "systemd-boot-efi")
 	out := t.TempDir()
 	for _, c := range []struct{ name, pack, unpack string }{
 		{"gzip.squashfs", "mksquashfs . OUT -quiet -no-progress -comp gzip", "unsquashfs -q -n -d TO OUT"},
@@ -169,6 +177,11 @@ func TestImages_nativeTools(t *testing.T) {
 		{"files.zip", "zip -qry OUT .", "unzip -qq -d TO OUT"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			dir := dir
+			if c.name != "zstd.squashfs" && c.name != "plain.erofs" {
+				dir = few
+			}
+			whole := members(t, open(t, dir, artefact.Options{Depth: -1}))
 			file, to := filepath.Join(out, c.name), filepath.Join(out, c.name+".d")
 			fill := strings.NewReplacer("OUT", file, "TO", to)
 			run(t, dir, "sh", "-ec", "("+fill.Replace(c.pack)+") >/dev/null")
@@ -249,7 +262,7 @@ func TestRPM_rpm2cpio(t *testing.T) {
 	if _, err := exec.LookPath("rpmbuild"); err != nil {
 		t.Skip("SKIPPED, NOT CHECKED: rpmbuild is not installed")
 	}
-	dir := debianTree(t, "perl-base", "lua5.4", "sudo", "junit4", "hello", "dash", "tzdata")
+	dir := debianTree(t, "lua5.4", "sudo", "junit4", "hello", "dash", "tzdata")
 	for _, how := range []string{"w9.gzdio", "w2.xzdio", "w3.zstdio", "w1.lzdio", "w6.bzdio"} {
 		t.Run(how, func(t *testing.T) {
 			top := t.TempDir()

@@ -18,7 +18,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -82,12 +84,17 @@ type event struct {
 	FailedBuild string
 }
 
-// test runs go test once. A run that fails without a failed test (it did not
-// build, it could not start) counts as one failure.
+// test runs go test once.
 func (s *session) test(args ...string) {
+	s.run("go test "+strings.Join(args, " "), exec.Command("go", append([]string{"test", "-json"}, args...)...))
+}
+
+// run reads what a command says in the language of "go test -json". One that
+// fails without a failed test (it did not build, it could not start) counts as
+// one failure.
+func (s *session) run(what string, cmd *exec.Cmd) {
 	before := s.failed
 	s.timeOver = false
-	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
 	cmd.Stderr = s.err
 	pipe, err := cmd.StdoutPipe()
 	if err == nil {
@@ -98,7 +105,7 @@ func (s *session) test(args ...string) {
 	}
 	if err != nil && s.failed == before && !s.timeOver {
 		s.failed++
-		fmt.Fprintf(s.err, "FAIL go test %s: %v\n", strings.Join(args, " "), err)
+		fmt.Fprintf(s.err, "FAIL %s: %v\n", what, err)
 	}
 }
 
@@ -266,22 +273,27 @@ func (s *session) showSkipped() {
 	}
 }
 
-// fuzz runs every fuzz target of the packages.
+// target is a fuzz target in the test binary of its package.
+type target struct{ pkg, dir, bin, cache, name string }
+
+// fuzz runs every fuzz target of the packages. Each package's tests are built
+// once, where go test -fuzz would link them again for every target.
 func (s *session) fuzz(pkgs []string, each, budget time.Duration) {
-	type target struct{ pkg, name string }
+	tmp, err := os.MkdirTemp("", "runtests-fuzz-")
+	if err != nil {
+		s.failed++
+		fmt.Fprintf(s.err, "FAIL fuzz: %v\n", err)
+		return
+	}
+	defer os.RemoveAll(tmp)
 	var targets []target
-	for _, p := range pkgs {
-		list, err := exec.Command("go", "test", "-list", "^Fuzz", p).CombinedOutput()
+	for i, p := range pkgs {
+		found, err := fuzzTargets(p, filepath.Join(tmp, strconv.Itoa(i)))
 		if err != nil {
 			s.failed++
-			fmt.Fprintf(s.out, "---- FAIL %s: cannot list fuzz targets: %v\n%s", p, err, list)
-			continue
+			fmt.Fprintf(s.out, "---- FAIL %s: %v\n", p, err)
 		}
-		for name := range strings.FieldsSeq(string(list)) {
-			if strings.HasPrefix(name, "Fuzz") {
-				targets = append(targets, target{p, name})
-			}
-		}
+		targets = append(targets, found...)
 	}
 	if len(targets) == 0 {
 		return
@@ -290,8 +302,48 @@ func (s *session) fuzz(pkgs []string, each, budget time.Duration) {
 	fmt.Fprintf(s.out, "%d fuzz targets, %s each\n", len(targets), each.Round(time.Second/10))
 	for _, t := range targets {
 		fmt.Fprintf(s.out, "%s: ", t.name)
-		s.test("-run", "^$", "-fuzz", "^"+t.name+"$", "-fuzztime", each.String(), t.pkg)
+		cmd := exec.Command("go", "tool", "test2json", "-t", "-p", t.pkg, t.bin, "-test.v=test2json", "-test.paniconexit0", "-test.run=^$",
+			"-test.fuzz=^"+t.name+"$", "-test.fuzztime="+each.String(), "-test.fuzzcachedir="+t.cache)
+		cmd.Dir = t.dir
+		s.run(t.name, cmd)
 	}
+}
+
+// fuzzTargets builds a package's tests into a file and lists its fuzz targets.
+func fuzzTargets(pkg, bin string) ([]target, error) {
+	var said strings.Builder
+	output := func(dir, name string, args ...string) (string, error) {
+		cmd := exec.Command(name, args...)
+		cmd.Dir, cmd.Stderr = dir, &said
+		b, err := cmd.Output()
+		if err != nil {
+			return "", fmt.Errorf("%s %s: %w\n%s%s", name, strings.Join(args, " "), err, said.String(), b)
+		}
+		return strings.TrimSpace(string(b)), nil
+	}
+	where, err := output("", "go", "list", "-f", "{{.ImportPath}} {{.Dir}}", pkg)
+	if err != nil {
+		return nil, err
+	}
+	path, dir, _ := strings.Cut(where, " ")
+	cache, err := output("", "go", "env", "GOCACHE")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := output("", "go", "test", "-c", "-fuzz=.", "-o", bin, pkg); err != nil {
+		return nil, err
+	}
+	list, err := output(dir, bin, "-test.list=^Fuzz")
+	if err != nil {
+		return nil, err
+	}
+	var out []target
+	for name := range strings.FieldsSeq(list) {
+		if strings.HasPrefix(name, "Fuzz") {
+			out = append(out, target{path, dir, bin, filepath.Join(cache, "fuzz", path), name})
+		}
+	}
+	return out, nil
 }
 
 func (s *session) tally(file string) error {
