@@ -82,7 +82,7 @@ type Door struct {
 // New returns a door to a store, with the kinds that the door needs itself and
 // those given.
 func New(s Store, kinds ...Kind) (*Door, error) {
-	d := &Door{store: s, kinds: map[string]*Kind{}, roles: &roleCache{}, wake: newWake(), peers: map[string]Peer{}}
+	d := &Door{store: s, kinds: map[string]*Kind{}, roles: &roleCache{}, wake: newWake(), peers: map[string]Peer{PeerService: service}}
 	for _, k := range append(ownKinds(), kinds...) {
 		key := strings.ToLower(k.Type)
 		if _, twice := d.kinds[key]; twice || key == "" {

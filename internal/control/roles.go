@@ -28,7 +28,7 @@ const (
 )
 
 func ownKinds() []Kind {
-	return []Kind{
+	return append(identityKinds(), []Kind{
 		{Type: TypeSubscription},
 		{Type: TypeGroup},
 		{Type: TypeRoleDefinition, Check: checkRole},
@@ -36,7 +36,7 @@ func ownKinds() []Kind {
 		{Type: TypeDenyAssignment, Check: checkDeny},
 		groupKind(),
 		tokenKind(),
-	}
+	}...)
 }
 
 // decision is rbac's, with the error that a refusal is.

@@ -57,6 +57,7 @@ type API struct {
 	now    func() time.Time
 	routes []Route
 	mux    *http.ServeMux
+	people *people // nil: tokens of OpenID Connect are not taken
 }
 
 // New returns the handler of everything. Nothing but what Route calls public is

@@ -93,6 +93,9 @@ func (a *API) Actor(r *http.Request) (*control.Actor, error) {
 		if !ok || len(token) > maxToken {
 			return nil, fmt.Errorf("send a token as `Authorization: Bearer …`: %w", errs.Untrusted)
 		}
+		if a.people != nil && looksLikeJWT(token) {
+			return a.people.actor(r.Context(), token)
+		}
 		return a.door.Authenticate(r.Context(), token, a.now())
 	}
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
