@@ -38,7 +38,7 @@ type Sequence interface {
 const (
 	outboxPage  = 256         // records at once
 	outboxPoll  = time.Second // how soon a record is seen
-	outboxRetry = 10 * time.Second
+	outboxRetry = 3 * time.Second
 )
 
 // Publisher puts the audit log into a log whose checkpoints are signed, so that
