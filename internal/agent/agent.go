@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ringwall/internal/agentpb"
 	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
 	"ringwall/internal/host"
@@ -99,6 +101,20 @@ type Options struct {
 	usrLib  string // where Python's libraries are; "" is /usr/lib, tests have their own
 	// Open puts the engine into the kernel, or takes over the one that is there.
 	Open func(enforce.Options) (Enforcer, Watcher, error)
+	// Units is how the service manager is asked; the zero value knows nothing.
+	Units Units
+	// Version of the agent, for the server.
+	Version string
+	// Attest proves to the server what this host booted, when it asks for that;
+	// nil: this host cannot.
+	Attest func(context.Context, agentpb.AgentClient) error
+
+	// Isolate lets this machine talk to itself and to these only, again and again,
+	// or, without any, to everyone again; nil: this agent cannot.
+	Isolate func(ctx context.Context, to []netip.AddrPort) error
+
+	pace  pace              // the zero value is normalPace
+	crash func(step string) // tests look at what a crash would leave
 }
 
 // Agent is the host process. Make one with New and call Run once.
@@ -115,6 +131,7 @@ type Agent struct {
 	pipe     *pipeline
 	measurer *measurer // nil where the kernel needs none
 	bytecode *bytecode
+	link     *link
 
 	mu      sync.Mutex // over what follows, and over every change of policy
 	state   *State
@@ -125,6 +142,9 @@ type Agent struct {
 	relaxed relaxation
 	// regime grows whenever what shields a compiler of byte code may end.
 	regime uint64
+	// trial is a manifest in force that is not confirmed; nil: none.
+	trial   *trial
+	outcome outcome
 	// unsettled: what is in force could not be stored yet; see settle.
 	unsettled bool
 	upgraded  bool
@@ -170,6 +190,11 @@ func New(o Options) (*Agent, error) {
 	a := &Agent{
 		opts: o, log: o.Log, self: self, clock: c, verity: verity, floor: s.openFloor(), state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
 	}
+	if a.opts.pace == (pace{}) {
+		a.opts.pace = normalPace()
+	}
+	a.outcome = s.readOutcome()
+	a.link = newLink(a)
 	a.bytecode = &bytecode{a: a, log: o.Log, lib: cmp.Or(o.usrLib, "/usr/lib"), status: BytecodeStatus{State: bytecodeWaiting, Why: "the agent has just started"}}
 	if o.NoBytecode {
 		a.bytecode.status = BytecodeStatus{State: bytecodeOff, Why: "the agent was started so"}
@@ -238,6 +263,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.pipe, err = newPipeline(a); err != nil {
 		return fmt.Errorf("run agent: %w", err)
 	}
+	a.link.open()
+	a.pipe.tell = a.link.record
 	var workers sync.WaitGroup
 	defer workers.Wait()
 	defer stop()
@@ -253,6 +280,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	failed := make(chan error, 2)
 	a.pipe.deaf.Store(false)
 	workers.Go(func() { failed <- a.watcher.Events(ctx, a.take) })
+	workers.Go(func() { a.judge(ctx) })
+	workers.Go(func() { a.link.run(ctx) })
 	srv, err := newControl(ctx, a)
 	if err != nil {
 		return fmt.Errorf("run agent: %w", err)
@@ -335,7 +364,7 @@ func (a *Agent) open() error {
 		return errors.Join(err, w.Close())
 	}
 	guard := []string{a.state.dir}
-	for _, d := range stateDirs() {
+	for _, d := range slices.Concat(stateDirs(), fleetDirs()) {
 		guard = append(guard, a.state.path(d))
 	}
 	if set.Scope == "" {
@@ -415,7 +444,8 @@ func (a *Agent) begin(ctx context.Context) error {
 		return err
 	}
 	a.step("processes")
-	err = a.settle(ctx, l)
+	a.resume(ctx)
+	err = a.settle(ctx, a.loaded)
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		a.note(err.Error()) // it is enforced all the same, and without an agent nobody would tell
 		return nil
@@ -490,13 +520,19 @@ func (a *Agent) settle(ctx context.Context, l *loaded) error {
 	if err := a.state.confirm(l.bundle); err != nil {
 		return fmt.Errorf("epoch %d is in force, but not stored: %w", l.policy.Epoch, err)
 	}
+	a.at("confirmed")
 	if err := a.state.follow(l.policy); err != nil {
 		return err
 	}
+	a.at("authorities followed")
 	if least, err := a.floor.Get(); err == nil && l.policy.Epoch >= least { // else it was told, see confirmed
 		if err := a.floor.Raise(l.policy.Epoch); err != nil {
 			return fmt.Errorf("raise the epoch floor: %w", err)
 		}
+	}
+	a.at("floor raised")
+	if err := a.state.commitBundle(l.bundle); err != nil {
+		return fmt.Errorf("keep what came with epoch %d: %w", l.policy.Epoch, err)
 	}
 	a.unsettled = false
 	a.applyKnobs()
@@ -558,7 +594,7 @@ func (a *Agent) tend(ctx context.Context) {
 			a.note("recompile after an exception ran out: " + err.Error())
 		}
 	}
-	if a.unsettled {
+	if a.unsettled && a.trial == nil {
 		if err := a.settle(ctx, a.loaded); err != nil {
 			a.log.ErrorContext(ctx, "the policy in force is not confirmed", slog.Any("error", err))
 		}

@@ -133,6 +133,8 @@ func (c *control) routes() {
 	handle(c, "POST /v1/canary", func(ctx context.Context, _ struct{}) (Canary, error) { return c.a.RunCanary(ctx) })
 	handle(c, "POST /v1/explain", c.a.Explain)
 	handle(c, "POST /v1/upgrade", c.a.Upgrade)
+	handle(c, "POST /v1/join", c.a.Join)
+	handle(c, "POST /v1/leave", func(ctx context.Context, _ struct{}) (struct{}, error) { return struct{}{}, c.a.Leave(ctx) })
 	handle(c, "POST /v1/remove", func(ctx context.Context, _ struct{}) (struct{}, error) { return struct{}{}, c.a.Remove(ctx) })
 }
 
@@ -267,7 +269,7 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 				return err
 			}
 		}
-		if a.unsettled {
+		if a.unsettled && a.trial == nil {
 			return a.settle(ctx, a.loaded)
 		}
 		return nil
@@ -294,9 +296,11 @@ func (a *Agent) applyPolicy(ctx context.Context, q PolicyRequest) error {
 	if err := a.enact(ctx, l); err != nil {
 		return err
 	}
+	a.trial = nil // this policy comes after it, and is confirmed at once
 	if err := a.renewFloor(); err != nil {
 		return fmt.Errorf("make the epoch floor anew: %w", err)
 	}
+	defer a.link.changed(false)
 	return a.settle(ctx, l)
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"ringwall/internal/errs"
@@ -64,7 +65,7 @@ func (s *State) parseAnchor(name string) error {
 // repair makes the directories that are missing, and moves away what is in the
 // place of one, or of a file, and is none.
 func (s *State) repair() error {
-	for _, f := range []string{fileAnchor, fileAnchorCopy, filePolicy, filePolicyCopy, filePrevious} {
+	for _, f := range []string{fileAnchor, fileAnchorCopy, filePolicy, filePolicyCopy, filePrevious, fileBundle, fileBundleCopy, fileBundlePrev, fileTrial, fileOutcome, fileLink} {
 		if st, err := os.Lstat(s.path(f)); err == nil && !st.Mode().IsRegular() {
 			s.noteDamage("%s was no file and is moved away", f)
 			_ = s.moveAway(f) // what then cannot be written is told where it is written
@@ -84,11 +85,18 @@ func (s *State) repair() error {
 		}
 		s.noteDamage("the directory %s was gone, or something else, and is made anew", d)
 	}
+	for _, d := range fleetDirs() {
+		if st, err := os.Lstat(s.path(d)); err == nil && !st.IsDir() {
+			s.noteDamage("%s was no directory and is moved away", d)
+			_ = s.moveAway(d)
+		}
+		_ = os.MkdirAll(s.path(d), 0o700) // of an earlier version, or read-only: who needs it says so
+	}
 	return nil
 }
 
 func (s *State) moveAway(name string) error {
-	return os.Rename(s.path(name), s.path(fmt.Sprintf(".damaged-%s-%d", name, time.Now().UnixNano())))
+	return os.Rename(s.path(name), s.path(fmt.Sprintf(".damaged-%s-%d", strings.ReplaceAll(name, "/", "-"), time.Now().UnixNano())))
 }
 
 // generation is one stored policy.

@@ -47,6 +47,9 @@ type pipeline struct {
 	raised func() uint64
 
 	repeats map[repeatKey]*repeat
+	flips   flips
+	// tell has a record for the fleet's server; nil: nobody wants it.
+	tell func(*Record)
 }
 
 // repeatKey is what makes two events the same to a person.
@@ -168,7 +171,10 @@ func (p *pipeline) handle(x any) {
 		if p.canary(x) {
 			return
 		}
-		p.fold(p.rec.record(&x, p.current.Load()))
+		l := p.current.Load()
+		r := p.rec.record(&x, l)
+		r.Flip = p.flips.look(&x, l, r.Time)
+		p.fold(r)
 	}
 }
 
@@ -240,6 +246,9 @@ func (p *pipeline) emit(r *Record) {
 	p.syslog.Send(r.Alert, r.Text+describe(r), journalFields(r))
 	if r.Alert {
 		p.hook.post(r)
+	}
+	if p.tell != nil {
+		p.tell(r)
 	}
 }
 

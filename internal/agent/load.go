@@ -23,6 +23,11 @@ type loaded struct {
 	policy   *integrity.Policy // with its supplements
 	compiled *integrity.Compiled
 	sources  int
+	// given is the manifest that it came with, own whether with this very policy; nil: none.
+	given *bundle
+	own   bool
+	items []codesign.Item
+	local int // releases that were handed in on the host itself
 	// scripts are the paths of the packages' scripts, for kernels on which they
 	// must be measured.
 	scripts []string
@@ -39,6 +44,8 @@ type loaded struct {
 type Skipped struct {
 	What string `json:"what"`
 	Why  string `json:"why"`
+
+	given bool // by a manifest, which then is not taken
 }
 
 // believe verifies and reads a policy that an authority of this host signed.
@@ -76,6 +83,8 @@ func (s *State) load(bundle []byte, o integrity.CompileOptions, made map[string]
 	if _, err := codesign.VerifyPolicy(bundle, codesign.Roots(base, codesign.SignsPolicy)); err != nil {
 		return nil, fmt.Errorf("policy %s does not trust its own signer: to change authorities, trust the old and the new one in one epoch, and sign the next with the new one: %w", base.Name, err)
 	}
+	l.given, l.own = s.bundleOf(bundle)
+	l.items = s.items(l)
 	if l.policy, err = s.withSupplements(base, l); err != nil {
 		return nil, err
 	}
@@ -109,7 +118,7 @@ func (s *State) withSupplements(base *integrity.Policy, l *loaded) (*integrity.P
 		}
 		supps = append(supps, p)
 	}
-	if len(supps) == 0 {
+	if supps = s.givenSupplements(l, base, roots, supps); len(supps) == 0 {
 		return base, nil
 	}
 	p, err := integrity.Join(base, supps...)
@@ -139,7 +148,11 @@ func verifySupplement(bundle []byte, roots pki.TrustRoots, base string) (*integr
 }
 
 func (l *loaded) skip(what string, err error) {
-	l.skipped = append(l.skipped, Skipped{what, err.Error()})
+	l.skipped = append(l.skipped, Skipped{What: what, Why: err.Error()})
+}
+
+func (l *loaded) skipGiven(what string, err error) {
+	l.skipped = append(l.skipped, Skipped{What: what, Why: err.Error(), given: true})
 }
 
 // sources are all releases that verify against the policy's trust, and all
@@ -158,6 +171,8 @@ func (s *State) sources(l *loaded) ([]integrity.Source, error) {
 		}
 		out = append(out, src)
 	}
+	l.local = len(out)
+	out = s.givenSources(l, out)
 	debs, err := s.stored(dirPackages, ".json")
 	if err != nil {
 		return nil, err

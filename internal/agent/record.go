@@ -44,6 +44,8 @@ type Record struct {
 	Ancestors []enforce.Ancestor `json:"ancestors,omitempty"` // parent first
 
 	Policy *PolicyRef `json:"policy,omitempty"`
+	// Flip: what the fleet's manifest before this one would have let go ahead.
+	Flip bool `json:"flip,omitempty"`
 	// Count is how often the same happened from First to Last; the first one is
 	// told at once, the others together when they stop.
 	Count int        `json:"count,omitempty"`
@@ -93,13 +95,18 @@ const (
 	noticeLog     = "log"
 	noticeBoot    = "boot" // something changes how the agent starts at the next boot
 	noticeUpgrade = "agent-upgraded"
+	// Of the fleet.
+	noticeManifest = "manifest"
+	noticeReverted = "reverted" // a manifest was taken back
+	noticeLink     = "fleet-link"
+	noticeIsolated = "isolated"
 	noticeState   = "state-damaged" // a file of the state was, and another is used
 )
 
 // alerting says whether a notice is for someone to look at at once.
 func alerting(notice string) bool {
 	switch notice {
-	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState, noticeUpgrade, noticeBoot:
+	case noticeSkipped, noticeCanary, noticeEarly, noticePermit, noticeClock, noticeStop, noticeLog, noticeState, noticeUpgrade, noticeBoot, noticeReverted, noticeIsolated:
 		return true
 	}
 	return false

@@ -117,7 +117,7 @@ func (s *State) create() error {
 	if err := s.anchor.Settings.check(); err != nil {
 		return err
 	}
-	for _, d := range append([]string{"."}, stateDirs()...) {
+	for _, d := range slices.Concat([]string{"."}, stateDirs(), fleetDirs()) {
 		if err := os.MkdirAll(filepath.Join(s.dir, d), 0o700); err != nil {
 			return err
 		}
@@ -133,6 +133,9 @@ func (s *State) create() error {
 func stateDirs() []string {
 	return []string{dirFloor, dirReleases, dirSupps, dirPackages, dirCanary, dirEvents, dirIncoming}
 }
+
+// fleetDirs are there once a host is in a fleet, or could be.
+func fleetDirs() []string { return []string{dirFleet, dirChunks, dirSpool, dirSpool + "/blocks", dirSpool + "/inventory"} }
 
 // OpenState opens a state directory; errs.NotFound if the host is not set up.
 func OpenState(dir string) (*State, error) {
@@ -276,7 +279,7 @@ func (s *State) seenSuite(name string, date time.Time) error {
 // sweep removes what a crash left half done.
 func (s *State) sweep() error {
 	var all error
-	for _, d := range append([]string{"."}, stateDirs()...) {
+	for _, d := range slices.Concat([]string{"."}, stateDirs(), fleetDirs()) {
 		es, err := os.ReadDir(s.path(d))
 		all = errors.Join(all, err)
 		for _, e := range es {

@@ -40,6 +40,7 @@ type Status struct {
 	Boot       []string          `json:"boot_overrides,omitempty"`   // what can keep the agent from starting at the next boot
 	Problems   []string          `json:"problems,omitempty"`
 	Floor      string            `json:"epoch_floor,omitempty"`
+	Link       *LinkStatus       `json:"fleet,omitempty"` // absent: this host is in none
 }
 
 // PolicyStatus names the policy in force.
@@ -84,7 +85,7 @@ func (a *Agent) Status() Status {
 	defer a.mu.Unlock()
 	s := Status{
 		Host: a.state.Host(), Agent: true, Program: a.self.String(), NotCovered: enforce.Uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
-		Problems: a.problem, Floor: a.floor.Describe(), Bytecode: a.bytecode.status,
+		Problems: a.problem, Floor: a.floor.Describe(), Bytecode: a.bytecode.status, Link: a.linkStatusLocked(),
 	}
 	if s.Scope == "" {
 		s.Boot = host.BootOverrides("/")
