@@ -50,6 +50,7 @@ func (p *serverParts) loop(run func(ctx context.Context)) { p.loops = append(p.l
 
 // lead adds what runs in one replica at a time; see control.Leader.Run.
 func (p *serverParts) lead(lease string, run func(ctx context.Context, f control.Fence) error) {
+	p.metrics.held(lease, false)
 	p.loop(func(ctx context.Context) { _ = p.leader.Run(ctx, lease, run) })
 }
 

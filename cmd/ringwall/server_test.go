@@ -39,6 +39,7 @@ type fleetServer struct {
 	args []string
 	url  string
 	stop func() int
+	said func() string // on standard error
 }
 
 func startServer(t *testing.T, args ...string) *fleetServer {
@@ -52,6 +53,7 @@ func (s *fleetServer) start() {
 	s.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var out lockedBuffer
+	s.said = out.String
 	code := make(chan int, 1)
 	args := append([]string{"server", "--data", filepath.Join(s.dir, "fleet"), "--listen", "127.0.0.1:0"}, s.args...)
 	go func() {
