@@ -41,6 +41,10 @@ type Machine struct {
 	// Firmware is an image of UEFI firmware and Variables one of its variables,
 	// which is written to; empty: a BIOS.
 	Firmware, Variables string
+	// Network gives the guest an interface (virtio_net) with a network of its own,
+	// 10.0.2.0/24, in which 10.0.2.2 is this machine's loopback. The guest sets its
+	// address itself: 10.0.2.15. Without it a guest has no network at all.
+	Network bool
 	// Console gets the kernel's messages as they come.
 	Console io.Writer
 }

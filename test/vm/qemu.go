@@ -72,6 +72,9 @@ func (q *qemu) args() []string {
 	if m.Firmware != "" {
 		args = append(args, "-drive", "if=pflash,format=raw,unit=0,readonly=on,file="+m.Firmware, "-drive", "if=pflash,format=raw,unit=1,file="+m.Variables)
 	}
+	if m.Network {
+		args = append(args, "-netdev", "user,id=net,ipv6=off", "-device", "virtio-net-pci,netdev=net,romfile=")
+	}
 	if q.reboots == 0 {
 		args = append(args, "-no-reboot")
 	}
