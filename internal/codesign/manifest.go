@@ -134,6 +134,27 @@ func VerifyManifest(bundle []byte, roots pki.TrustRoots) (*Manifest, error) {
 	return m, nil
 }
 
+// UnverifiedManifest reads what a signed manifest says, for whoever hands it on
+// and cannot or need not tell whether to believe it.
+func UnverifiedManifest(bundle []byte) (*Manifest, error) {
+	if len(bundle) > MaxManifest {
+		return nil, fmt.Errorf("manifest: %d bytes (at most %d): %w", len(bundle), MaxManifest, errs.Invalid)
+	}
+	kind, payload, err := pki.UnverifiedPayload(bundle, MaxManifest)
+	if err == nil && kind != manifestPayloadType {
+		err = fmt.Errorf("payload type %q: %w", kind, errs.Invalid)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
+	}
+	m, err := readManifest(payload)
+	if err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
+	}
+	m.Digest = sha256.Sum256(bundle)
+	return m, nil
+}
+
 func readManifest(payload []byte) (*Manifest, error) {
 	var w wireManifest
 	if err := pki.UnmarshalStrict(payload, &w, MaxManifest); err != nil {

@@ -227,6 +227,16 @@ func verifyBundle(bundle []byte, roots TrustRoots, want Purpose) (*Verified, err
 	return v, v.notRevoked(roots.Revoked)
 }
 
+// UnverifiedPayload returns what a bundle says, for couriers: nothing of it is
+// believed, and no signature is looked at. limit is in bytes.
+func UnverifiedPayload(bundle []byte, limit int) (payloadType string, payload []byte, err error) {
+	o, _, err := decodeBundle(bundle, limit)
+	if err != nil {
+		return "", nil, fmt.Errorf("read bundle: %w", err)
+	}
+	return o.payloadType, o.payload, nil
+}
+
 func (v *Verified) notRevoked(revoked []Revocation) error {
 	for _, c := range []struct {
 		what        string
