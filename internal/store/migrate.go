@@ -6,6 +6,7 @@ import (
 	"embed"
 	"fmt"
 	"io/fs"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,11 +17,14 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
+// latest stands for every migration that there is.
+const latest = math.MaxInt
+
 // migrate brings the schema up to date: forward only, all steps in one
 // transaction, so that a failure leaves what was there. Replicas that start at
 // once do it one after the other. An applied migration is never edited: code
-// must run before and after each.
-func (s *Store) migrate(ctx context.Context) error {
+// must run before and after each. upTo is the last one that is applied.
+func (s *Store) migrate(ctx context.Context, upTo int) error {
 	files, err := fs.Glob(migrations, "migrations/*.sql") // sorted
 	if err != nil {
 		return err
@@ -34,12 +38,12 @@ func (s *Store) migrate(ctx context.Context) error {
 		if _, err := tx.tx.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS migration (number BIGINT PRIMARY KEY, name TEXT NOT NULL, at_us BIGINT NOT NULL)"); err != nil {
 			return err
 		}
-		return s.steps(ctx, tx, files)
+		return s.steps(ctx, tx, files, upTo)
 	})
 }
 
 // steps applies what the database has not had yet. Numbers may be left out.
-func (s *Store) steps(ctx context.Context, tx *Tx, files []string) error {
+func (s *Store) steps(ctx context.Context, tx *Tx, files []string, upTo int) error {
 	have, err := tx.applied(ctx)
 	if err != nil {
 		return err
@@ -52,7 +56,7 @@ func (s *Store) steps(ctx context.Context, tx *Tx, files []string) error {
 			return fmt.Errorf("migration %s: not numbered in sequence", file)
 		}
 		known = number
-		if slices.Contains(have, number) {
+		if slices.Contains(have, number) || number > upTo {
 			continue
 		}
 		if err := s.step(ctx, tx, number, name, file); err != nil {

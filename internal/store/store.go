@@ -43,6 +43,20 @@ func Open(ctx context.Context, url string) (*Store, error) {
 }
 
 func open(ctx context.Context, url string) (*Store, error) {
+	s, err := connect(url)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.migrate(ctx, latest); err != nil {
+		return nil, errors.Join(s.clean(err, url), s.db.Close())
+	}
+	if s.file != "" {
+		err = os.Chmod(s.file, 0o600)
+	}
+	return s, err
+}
+
+func connect(url string) (*Store, error) {
 	s := &Store{}
 	var err error
 	if dir, ok := strings.CutPrefix(url, "sqlite:"); ok {
@@ -61,13 +75,7 @@ func open(ctx context.Context, url string) (*Store, error) {
 		return nil, s.clean(err, url)
 	}
 	s.db.SetMaxOpenConns(16)
-	if err := s.migrate(ctx); err != nil {
-		return nil, errors.Join(s.clean(err, url), s.db.Close())
-	}
-	if s.file != "" {
-		err = os.Chmod(s.file, 0o600)
-	}
-	return s, err
+	return s, nil
 }
 
 // clean keeps a password in the URL out of messages.
