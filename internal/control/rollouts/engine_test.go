@@ -1,0 +1,262 @@
+package rollouts_test
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"ringwall/internal/errs"
+	"ringwall/internal/fleet"
+	"ringwall/internal/resource"
+	"ringwall/internal/rollout"
+)
+
+// A change that does no harm reaches every host, ring by ring.
+func TestEngine_good(t *testing.T) {
+	w := newWorld(t, 200, newKeys(t))
+	w.begin("")
+	s := w.until(change, rollout.Running, time.Minute, 5)
+	if s.Epoch != 2 || s.Undo != 3 || s.Check.Hosts != 200 || len(s.Check.Rings) < 3 {
+		t.Fatalf("%+v", s.Check)
+	}
+	seen := map[int]int{}
+	for range 2000 {
+		s = w.status(change)
+		if s.Phase == rollout.Done {
+			break
+		}
+		if n := w.fleet.count(isOn(w.good)); n > 0 && seen[s.Ring] < n {
+			seen[s.Ring] = n
+		}
+		w.tick(time.Minute)
+	}
+	if s.Phase != rollout.Done || w.fleet.count(isOn(w.good)) != 200 {
+		t.Fatalf("%s, %d hosts: %+v", s.Phase, w.fleet.count(isOn(w.good)), s.Why)
+	}
+	sum := 0
+	for i, ring := range s.Check.Rings[:len(s.Check.Rings)-1] {
+		if sum += ring.Count; seen[i] != sum {
+			t.Errorf("while ring %d was under way %d hosts had it, want %d", i, seen[i], sum)
+		}
+	}
+	if w.fleet.assigned != 200 {
+		t.Errorf("%d assignments of 200 hosts", w.fleet.assigned)
+	}
+	// Who comes later gets it too.
+	w.fleet.add("web-late")
+	for range 4 {
+		w.tick(time.Minute)
+	}
+	if got := w.fleet.all["web-late"].Report.Manifest; got != w.good {
+		t.Errorf("a host that came later has %s", got)
+	}
+}
+
+// A change that makes hosts deny what they allowed is stopped in the first ring
+// and taken back without a person.
+func TestEngine_bad(t *testing.T) {
+	w := newWorld(t, 200, newKeys(t))
+	w.fleet.breaks = func(x *fleet.Host) {
+		if x.Report.Manifest == w.good {
+			x.Report.Flips = 3
+		}
+	}
+	w.begin("")
+	w.until(change, rollout.Running, time.Minute, 5)
+	hit := 0
+	for range 50 {
+		hit = max(hit, w.fleet.count(isOn(w.good)))
+		w.tick(time.Minute)
+	}
+	s := w.status(change)
+	if s.Phase != rollout.RolledBack || !s.Over || s.Ring != 0 || s.Why[0].Code != "flips" || len(s.Why[0].Hosts) == 0 {
+		t.Errorf("%s in ring %d, over %v: %+v", s.Phase, s.Ring, s.Over, s.Why)
+	}
+	if hit == 0 || hit > s.Check.Rings[0].Count {
+		t.Errorf("%d hosts had it, the first ring has %d", hit, s.Check.Rings[0].Count)
+	}
+	if n := w.fleet.count(isOn(w.back)); n != hit {
+		t.Errorf("%d of %d hosts went back", n, hit)
+	}
+	if n := w.fleet.count(isOn(w.before)); n != 200-hit {
+		t.Errorf("%d hosts have what they had, want %d", n, 200-hit)
+	}
+	if s.Final[0].Back != hit || s.Final[0].Flipped != hit {
+		t.Errorf("%+v", s.Final)
+	}
+}
+
+// Hosts that go back by themselves speak against a change as well, and so do
+// signals against which there is no proof, only comparison.
+func TestEngine_signals(t *testing.T) {
+	k := newKeys(t)
+	for name, tc := range map[string]struct {
+		breaks func(*fleet.Host)
+		code   string
+	}{
+		"goes back by itself": {func(x *fleet.Host) {
+			x.Report.Phase, x.Report.Failed, x.Report.Reason = fleet.Reverted, x.Report.Manifest, "sshd is down"
+			x.Report.Manifest, x.Report.Epoch = [32]byte{1}, 1
+		}, "refused"},
+		"restarts":        {func(x *fleet.Host) { x.Report.AgentStarts++ }, "signal"},
+		"units fail":      {func(x *fleet.Host) { x.Report.FailedUnits = []string{"nginx.service"} }, "signal"},
+		"is not heard of": {func(x *fleet.Host) { x.Online = false }, "silent"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 300, k)
+			w.fleet.breaks = func(x *fleet.Host) {
+				if x.Report.Manifest == w.good {
+					tc.breaks(x)
+				}
+			}
+			w.begin(tenth)
+			s := w.until(change, rollout.RollingBack, time.Minute, 60)
+			if s.Ring != 0 || s.Why[0].Code != tc.code {
+				t.Errorf("ring %d: %+v", s.Ring, s.Why)
+			}
+		})
+	}
+}
+
+// Signals that other replicas heard of are stored for the rollouts of the host.
+func TestEngine_signalOfAnotherReplica(t *testing.T) {
+	w := newWorld(t, 200, newKeys(t))
+	w.begin(tenth)
+	w.until(change, rollout.Running, time.Minute, 5)
+	w.tick(time.Minute)
+	w.tick(time.Minute)
+	var on []fleet.Signal
+	for _, x := range w.fleet.all {
+		if x.Report.Manifest == w.good {
+			on = append(on, fleet.Signal{Host: x.ID, Name: "flip", Text: "libfoo.so", At: w.now()})
+		}
+	}
+	if len(on) < 2 {
+		t.Fatalf("%d hosts have it", len(on))
+	}
+	if err := w.engine.Signal(t.Context(), 7, on...); err != nil {
+		t.Fatal(err)
+	}
+	w.tick(0)
+	if s := w.status(change); s.Phase != rollout.Running {
+		t.Fatalf("flips of another epoch: %s", s.Phase)
+	}
+	again := append(slices.Clone(on), on...)
+	again = append(again, fleet.Signal{Host: "stranger", Name: "flip", At: w.now()})
+	if err := w.engine.Signal(t.Context(), 2, again...); err != nil {
+		t.Fatal(err)
+	}
+	w.tick(0)
+	if s := w.status(change); s.Phase != rollout.RollingBack || s.Why[0].Code != "flips" {
+		t.Errorf("%s %+v", s.Phase, s.Why)
+	}
+}
+
+// Once a halt is stored nobody is admitted; who has the change keeps it. When it
+// is gone the rollout goes on.
+func TestEngine_halt(t *testing.T) {
+	w := newWorld(t, 100, newKeys(t))
+	w.begin(tenth + `,"max_unavailable":1`)
+	w.until(change, rollout.Running, time.Second, 5)
+	for range 3 {
+		w.tick(time.Second)
+	}
+	w.put(halts+"stop", `{"reason":"something is wrong"}`)
+	had := w.fleet.count(func(x *fleet.Host) bool { return x.Assigned == w.good })
+	if had == 0 {
+		t.Fatal("nobody had it when the halt came")
+	}
+	for range 200 {
+		w.tick(time.Minute)
+	}
+	if n := w.fleet.count(func(x *fleet.Host) bool { return x.Assigned == w.good }); n != had {
+		t.Errorf("%d hosts, %d when the halt came", n, had)
+	}
+	p, err := w.engine.Progress(t.Context(), ana(), id(change))
+	if err != nil || p.Verdict != rollout.Hold || p.Why[0].Code != "halted" || !strings.Contains(p.Why[0].Text, "something is wrong (stop, by ana)") {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if err := w.door.Delete(t.Context(), ana(), id(halts+"stop"), noCondition(), false); err != nil {
+		t.Fatal(err)
+	}
+	w.until(change, rollout.Done, time.Minute, 3000)
+}
+
+// A pause is a halt of one rollout; a person can let a ring go on, and take all
+// of it back at any time.
+func TestEngine_people(t *testing.T) {
+	w := newWorld(t, 100, newKeys(t))
+	w.begin("")
+	w.until(change, rollout.Running, time.Minute, 5)
+	w.must(ana(), change, "pause", `{"reason":"lunch"}`)
+	for range 200 {
+		w.tick(time.Minute)
+	}
+	if s := w.status(change); s.Ring != 0 || s.Paused != "paused: lunch (by ana)" {
+		t.Errorf("%+v", s)
+	}
+	w.must(ana(), change, "resume", `{}`)
+	w.tick(time.Second)
+	w.tick(time.Second)
+	if err := w.act(ana(), change, "promote", `{"reason":"in a hurry"}`); !errors.Is(err, errs.Denied) {
+		t.Errorf("the author shortens the bake: %v", err)
+	}
+	w.must(bob(), change, "promote", `{"reason":"seen enough"}`)
+	for range 4 {
+		w.tick(time.Second)
+	}
+	if s := w.status(change); s.Ring != 1 {
+		t.Errorf("ring %d after a promotion", s.Ring)
+	}
+	w.must(ana(), change, "rollback", `{"reason":"changed my mind"}`)
+	s := w.until(change, rollout.RolledBack, time.Minute, 20)
+	if w.fleet.count(isOn(w.good)) != 0 || w.fleet.count(isOn(w.back)) == 0 || !strings.Contains(s.Why[0].Text, "changed my mind (by ana)") {
+		t.Errorf("%+v", s.Why)
+	}
+}
+
+// What is done can be taken back too, and a host that was away finds it when it returns.
+func TestEngine_rollbackOfWhatIsDone(t *testing.T) {
+	w := newWorld(t, 20, newKeys(t))
+	w.begin("")
+	w.until(change, rollout.Done, time.Minute, 3000)
+	away := w.fleet.all["web-0007"]
+	away.Online = false
+	w.pass(time.Hour)
+	w.tick(time.Minute)
+	w.must(ana(), change, "rollback", `{}`)
+	w.until(change, rollout.RolledBack, time.Minute, 20)
+	for range 5 {
+		w.tick(time.Minute)
+	}
+	s := w.status(change)
+	if s.Over || w.fleet.count(isOn(w.back)) != 19 || away.Assigned != w.back {
+		t.Fatalf("over %v, %d hosts", s.Over, w.fleet.count(isOn(w.back)))
+	}
+	away.Online = true
+	for range 5 {
+		w.tick(time.Minute)
+	}
+	if s = w.status(change); !s.Over || w.fleet.count(isOn(w.back)) != 20 {
+		t.Errorf("over %v, %d hosts", s.Over, w.fleet.count(isOn(w.back)))
+	}
+}
+
+// A process whose lease was taken writes nothing any more.
+func TestEngine_overtaken(t *testing.T) {
+	w := newWorld(t, 20, newKeys(t))
+	w.begin("")
+	old := w.round
+	w.restart()
+	if err := old(t.Context()); !errors.Is(err, errs.Conflict) {
+		t.Errorf("the old one: %v", err)
+	}
+	if s := w.status(change); s.Phase != rollout.Proposed || s.Check == nil {
+		t.Errorf("%+v", s)
+	}
+	w.until(change, rollout.Done, time.Minute, 3000)
+}
+
+func noCondition() resource.When { return resource.When{} }

@@ -1,0 +1,131 @@
+package rollouts_test
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"ringwall/internal/fleet"
+	"ringwall/internal/integrity"
+	"ringwall/internal/rollout"
+)
+
+var errKilled = errors.New("killed")
+
+// story is what happened in a run: the transitions on record, in order, and what
+// every host has in the end.
+type story struct {
+	transitions []string
+	hosts       map[string]integrity.Digest
+	given       map[string][]integrity.Digest // to each host, in order
+	kills       int
+}
+
+// tell runs a rollout to its end. With a rate the process is killed at that share
+// of its instructions that leave it, and started again.
+func tell(t *testing.T, k *keys, seed uint64, rate float64, end rollout.Phase, breaks func(*world, *fleet.Host)) story {
+	t.Helper()
+	w := newWorld(t, 30, k)
+	if breaks != nil {
+		w.fleet.breaks = func(x *fleet.Host) { breaks(w, x) }
+	}
+	r := rand.New(rand.NewPCG(seed, 1))
+	out := story{hosts: map[string]integrity.Digest{}, given: map[string][]integrity.Digest{}}
+	dies := func() error {
+		if r.Float64() < rate {
+			out.kills++
+			return errKilled
+		}
+		return nil
+	}
+	round := func() {
+		w.fault, w.fleet.fail = dies, dies
+		for {
+			err := w.round(context.Background())
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, errKilled) {
+				t.Fatal(err)
+			}
+			w.fault = nil
+			w.restart()
+			w.fault = dies
+		}
+		w.fault, w.fleet.fail = nil, nil
+	}
+	w.put(change, w.spec(tenth))
+	w.must(ana(), change, "start", `{}`)
+	round()
+	w.must(bob(), change, "approve", `{}`)
+	for range 40 {
+		if s := w.status(change); s.Phase == end && (s.Over || end == rollout.Done) {
+			break
+		}
+		round()
+		w.pass(5 * time.Minute)
+		w.fleet.step()
+		for _, x := range w.fleet.all {
+			if g := out.given[x.ID]; len(g) == 0 || g[len(g)-1] != x.Assigned {
+				out.given[x.ID] = append(g, x.Assigned)
+			}
+		}
+	}
+	if s := w.status(change); s.Phase != end {
+		t.Fatalf("seed %d: stays %s: %+v", seed, s.Phase, s.Why)
+	}
+	for _, x := range w.fleet.all {
+		out.hosts[x.ID] = x.Report.Manifest
+	}
+	out.transitions = w.transitions()
+	return out
+}
+
+// Wherever the process is killed, what happens is what happens without it: no
+// transition is lost, none is made twice, and every host gets the same.
+func TestEngine_killed(t *testing.T) {
+	k := newKeys(t)
+	seeds := uint64(12)
+	if testing.Short() {
+		seeds = 5
+	}
+	for name, tc := range map[string]struct {
+		end    rollout.Phase
+		breaks func(*world, *fleet.Host)
+	}{
+		"good": {rollout.Done, nil},
+		"bad": {rollout.RolledBack, func(w *world, x *fleet.Host) {
+			if x.Report.Manifest == w.good {
+				x.Report.Flips = 1
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want := tell(t, k, 0, 0, tc.end, tc.breaks)
+			kills := 0
+			for seed := range seeds {
+				got := tell(t, k, seed, 0.15, tc.end, tc.breaks)
+				kills += got.kills
+				if !slices.Equal(got.transitions, want.transitions) {
+					t.Errorf("seed %d: transitions\n%q\nwant\n%q", seed, got.transitions, want.transitions)
+				}
+				if !maps.Equal(got.hosts, want.hosts) {
+					t.Errorf("seed %d: hosts have something else", seed)
+				}
+				for host, g := range got.given {
+					if len(g) > len(want.given[host]) {
+						t.Errorf("seed %d: %s was given %d manifests, without kills %d", seed, host, len(g), len(want.given[host]))
+					}
+				}
+			}
+			t.Logf("killed %d times in %d runs; %q", kills, seeds, want.transitions)
+			if kills < int(seeds) {
+				t.Errorf("killed %d times in %d runs: this tests nothing", kills, seeds)
+			}
+		})
+	}
+}
