@@ -134,7 +134,7 @@ var outside = map[string][]string{
 	"notify":           {"go.yaml.in/yaml/v3"},
 	"enforce":          {"github.com/cilium/ebpf", "golang.org/x/sys"},
 	"host": {
-		"golang.org/x/sys", "github.com/google/go-tpm",
+		"golang.org/x/sys", "github.com/google/go-tpm", "github.com/google/nftables",
 		"github.com/klauspost/compress", "github.com/ulikunitz/xz", // apt keeps its lists compressed
 	},
 	"syslog":        {"golang.org/x/sys"}, // how much of a stream is not acknowledged

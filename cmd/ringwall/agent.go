@@ -49,10 +49,10 @@ vouches for it. ` + "`ringwall status`" + ` says how far that is.`,
 			if err != nil {
 				return err
 			}
-			a, err := agent.New(agent.Options{
+			a, err := agent.New(agentHooks(agent.Options{
 				Program: program, StateDir: d.state, RunDir: d.run, Now: e.now, Open: openEngine, NoBytecode: noBytecode,
 				Log: slog.New(slog.NewTextHandler(e.stderr, nil)),
-			})
+			}))
 			if err != nil {
 				return err
 			}

@@ -21,7 +21,8 @@ func newHostCommand(e *env) *cobra.Command {
 		`A host believes signed documents only. It is given its first trust by
 `+"`ringwall host init`"+`; from then on its policy says whom it trusts.`,
 		newHostInitCommand(e), newHostApplyCommand(e), newHostReleaseCommand(e), newHostSupplementCommand(e), newHostCanaryCommand(e), newHostMeasureCommand(e),
-		newHostInstallCommand(e), newHostUpgradeCommand(e), newHostUninstallCommand(e), newHostRemoveCommand(e))
+		newHostInstallCommand(e), newHostUpgradeCommand(e), newHostUninstallCommand(e), newHostRemoveCommand(e),
+		newHostJoinCommand(e), newHostLeaveCommand(e))
 }
 
 func newHostInitCommand(e *env) *cobra.Command {

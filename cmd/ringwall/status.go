@@ -103,6 +103,7 @@ func printStatus(out io.Writer, s *agent.Status) {
 	if s.Floor != "" {
 		row("floor", "%s", s.Floor)
 	}
+	printLink(row, s.Link)
 	if n := len(s.Unlisted); n > 0 {
 		row("running", "%d processes whose program would not be allowed to start now:", n)
 		for _, r := range s.Unlisted[:min(n, 10)] {

@@ -34,7 +34,8 @@ func (s *State) chunk(d integrity.Digest, limit int64) ([]byte, error) {
 	return readFile(s.path(dirChunks, d.String()), limit)
 }
 
-// obtain makes sure that content is stored, and returns it. It is written under
+// obtain makes sure that content is stored, and returns it. What the server sends
+// wrong says nothing about the manifest: that is errLater. It is written under
 // another name, synced, and gets its own once its digest is right: there is no
 // half chunk, whenever the machine stops.
 func (s *State) obtain(ctx context.Context, d integrity.Digest, limit int64, fetch fetcher) ([]byte, error) {
@@ -43,7 +44,7 @@ func (s *State) obtain(ctx context.Context, d integrity.Digest, limit int64, fet
 		return b, nil
 	}
 	if err := s.download(ctx, d, limit, fetch); err != nil {
-		return nil, fmt.Errorf("fetch %v: %w", d, err)
+		return nil, fmt.Errorf("fetch %v: %w: %w", d, err, errLater)
 	}
 	return s.chunk(d, limit)
 }
@@ -192,7 +193,7 @@ func (s *State) ensure(ctx context.Context, d integrity.Digest, limit int64, fet
 		return nil
 	}
 	if err := s.download(ctx, d, limit, fetch); err != nil {
-		return fmt.Errorf("fetch %v: %w", d, err)
+		return fmt.Errorf("fetch %v: %w: %w", d, err, errLater)
 	}
 	return nil
 }

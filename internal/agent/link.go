@@ -521,16 +521,29 @@ func (l *link) once(ctx context.Context, j *joined, c *conn) (pause time.Duratio
 	return pause, nil
 }
 
+// fetchTries is how often a piece is asked for, so that a short trouble, or a
+// server that has enough to do, does not begin a long download anew.
+const fetchTries = 6
+
 // fetch gets content over a connection.
 func (l *link) fetch(c *conn) fetcher {
-	return func(ctx context.Context, d integrity.Digest, offset uint64) ([]byte, uint64, error) {
+	once := func(ctx context.Context, q *agentpb.ChunkRequest) (*connect.Response[agentpb.ChunkResponse], error) {
 		ctx, stop := context.WithTimeout(ctx, callWait)
 		defer stop()
-		r, err := c.Chunk(ctx, connect.NewRequest(&agentpb.ChunkRequest{Sha256: d[:], Offset: offset}))
-		if err != nil {
-			return nil, 0, err
+		return c.Chunk(ctx, connect.NewRequest(q))
+	}
+	return func(ctx context.Context, d integrity.Digest, offset uint64) ([]byte, uint64, error) {
+		for try := 1; ; try++ {
+			r, err := once(ctx, &agentpb.ChunkRequest{Sha256: d[:], Offset: offset})
+			if err == nil {
+				return r.Msg.GetData(), r.Msg.GetSize(), nil
+			}
+			code := connect.CodeOf(err)
+			if code != connect.CodeResourceExhausted && code != connect.CodeUnavailable || try == fetchTries || ctx.Err() != nil {
+				return nil, 0, err
+			}
+			l.sleep(ctx, nil, l.backoff(try))
 		}
-		return r.Msg.GetData(), r.Msg.GetSize(), nil
 	}
 }
 

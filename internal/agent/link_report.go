@@ -194,7 +194,7 @@ func (a *Agent) countStart() uint32 {
 	}
 	n++
 	_ = host.WriteFile(name, fmt.Appendf(nil, "%d\n", n), 0o600) // a count for people
-	return uint32(n)                                           //nolint:gosec // 31 bits
+	return uint32(n)                                             //nolint:gosec // 31 bits
 }
 
 // tableDigest is the SHA-256 of the compiled table, made once for each.
@@ -248,7 +248,7 @@ func (l *link) record(r *Record) {
 	out := &agentpb.Record{AtUs: r.Time.UnixMicro()}
 	switch r.Type {
 	case typeGap:
-		out.What = &agentpb.Record_Lost{Lost: &agentpb.Lost{Records: r.Lost, Why: r.Reason}}
+		out.What = &agentpb.Record_Lost{Lost: &agentpb.Lost{Records: r.Lost, Why: clip(r.Reason, 256)}}
 	case typeNotice:
 		out.What = &agentpb.Record_Notice{Notice: &agentpb.Notice{Code: r.Reason, Text: clip(r.Text, 4096)}}
 	default:
@@ -259,7 +259,7 @@ func (l *link) record(r *Record) {
 
 func (l *link) block(r *Record) *agentpb.Block {
 	b := &agentpb.Block{
-		Kind: r.Kind, Path: clip(r.Path, 4096), Signer: clip(r.Signer, 1024), Rule: r.Rule, Reason: r.Reason, Mode: "audit",
+		Kind: r.Kind, Path: clip(r.Path, 4096), Signer: clip(r.Signer, 1024), Rule: clip(r.Rule, 1024), Reason: r.Reason, Mode: "audit",
 		Flip: r.Flip, Count: uint64(max(r.Count, 1)), Event: r.Seq, //nolint:gosec // a count
 	}
 	if r.Type == typeBlock {
@@ -277,7 +277,7 @@ func (l *link) block(r *Record) *agentpb.Block {
 		b.Ancestry = append(b.Ancestry, &agentpb.Process{Path: clip(cmp.Or(p.Program, p.Name), 4096), Pid: p.PID, Uid: p.UID})
 	}
 	for _, x := range r.Ancestors[:min(len(r.Ancestors), 7)] {
-		b.Ancestry = append(b.Ancestry, &agentpb.Process{Path: x.Comm, Pid: x.PID})
+		b.Ancestry = append(b.Ancestry, &agentpb.Process{Path: clip(x.Comm, 64), Pid: x.PID})
 	}
 	return b
 }
@@ -309,10 +309,10 @@ func unitOf(cgroup string) string {
 	parts := strings.Split(cgroup, "/")
 	for _, p := range slices.Backward(parts) {
 		if strings.HasSuffix(p, ".service") || strings.HasSuffix(p, ".scope") {
-			return p
+			return clip(p, 256)
 		}
 	}
-	return clip(cgroup, 1024)
+	return clip(cgroup, 256)
 }
 
 // signal keeps something that a rollout watches.

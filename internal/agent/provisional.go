@@ -114,9 +114,8 @@ func (a *Agent) takeManifest(ctx context.Context, raw []byte, where resource.ID,
 	}
 	var policy []byte
 	if err == nil {
-		policy, err = a.state.obtainAll(ctx, m, fetch)
-		if err != nil && !errors.Is(err, errs.Untrusted) && !errors.Is(err, errs.Invalid) {
-			return fmt.Errorf("manifest of epoch %d: %w", m.Epoch, err)
+		if policy, err = a.state.obtainAll(ctx, m, fetch); err != nil {
+			err = fmt.Errorf("manifest of epoch %d: %w", m.Epoch, err)
 		}
 	}
 	if err == nil {
@@ -479,9 +478,5 @@ func (s *State) readOutcome() outcome {
 	return o
 }
 
-func clip(s string, n int) string {
-	if len(s) <= n {
-		return s
-	}
-	return strings.ToValidUTF8(s[:n], "")
-}
+// clip makes text fit for a message: at most n bytes, and valid UTF-8.
+func clip(s string, n int) string { return strings.ToValidUTF8(s[:min(len(s), n)], "") }

@@ -100,7 +100,7 @@ const (
 	noticeReverted = "reverted" // a manifest was taken back
 	noticeLink     = "fleet-link"
 	noticeIsolated = "isolated"
-	noticeState   = "state-damaged" // a file of the state was, and another is used
+	noticeState    = "state-damaged" // a file of the state was, and another is used
 )
 
 // alerting says whether a notice is for someone to look at at once.

@@ -30,8 +30,8 @@ const (
 	spoolBlocks  = 64 << 20 // bytes of a lane
 	spoolInv     = 32 << 20
 	maxSpooled   = 64 << 10 // bytes of one record
-	sendRecords = 1000
-	sendBytes   = 1<<20 - 64<<10
+	sendRecords  = 1000
+	sendBytes    = 1<<20 - 64<<10
 	frameHead    = 8
 	segSuffix    = ".seg"
 	lostEvery    = time.Second

@@ -135,7 +135,9 @@ func stateDirs() []string {
 }
 
 // fleetDirs are there once a host is in a fleet, or could be.
-func fleetDirs() []string { return []string{dirFleet, dirChunks, dirSpool, dirSpool + "/blocks", dirSpool + "/inventory"} }
+func fleetDirs() []string {
+	return []string{dirFleet, dirChunks, dirSpool, dirSpool + "/blocks", dirSpool + "/inventory"}
+}
 
 // OpenState opens a state directory; errs.NotFound if the host is not set up.
 func OpenState(dir string) (*State, error) {
