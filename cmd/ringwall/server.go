@@ -58,7 +58,7 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringVar(&o.metrics, "metrics", "", "answer Prometheus on `ADDRESS` of this machine, such as 127.0.0.1:9477 (default: not at all)")
 	f.StringVar(&o.notify, "notify", "", "`FILE` that says whom to tell of incidents (default: nobody, only the log)")
 	o.audit.flags(c)
-	c.AddCommand(newServerBackupCommand(e))
+	c.AddCommand(newServerBackupCommand(e), newServerRestoreCommand(e))
 	return c
 }
 
@@ -79,6 +79,11 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err := os.MkdirAll(o.data, 0o700); err != nil {
 		return err
 	}
+	release, err := lockData(o.data, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, release()) }()
 	log := slog.New(slog.NewTextHandler(e.stderr, nil))
 	parts, err := openServer(ctx, o.url(), log)
 	if err != nil {
@@ -238,8 +243,7 @@ func newServerBackupCommand(e *env) *cobra.Command {
 		Use:   "backup FILE",
 		Short: "Copy the database while the server runs",
 		Long: `Writes a consistent copy of the SQLite database to a file that does not exist.
-To restore it, stop the server and put the file in place of DATA/control.db (and
-remove control.db-wal and control.db-shm beside it). Keep DATA/tls with it.
+ringwall server restore puts it back. Keep DATA/tls with it, and DATA/audit-log.
 
 A server on PostgreSQL is backed up with PostgreSQL's own tools.
 
