@@ -50,6 +50,7 @@ type Options struct {
 	Door    *control.Door // with Kinds among its kinds
 	Store   Store
 	Events  Events
+	Records Records
 	Clients *pki.TLSAuthority // certifies hosts
 	Log     *slog.Logger
 	Now     func() time.Time // nil: time.Now
@@ -61,6 +62,7 @@ type Options struct {
 	// least once. While it fails, the batch comes again.
 	Blocks func(ctx context.Context, all []incident.Event) error
 	Limits Limits // zero values: DefaultLimits
+	Spool  string // directory for what is received; "" for the system's
 }
 
 // Service is the server's side of hosts. It is safe for use by several
