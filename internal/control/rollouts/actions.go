@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/url"
 	"slices"
 	"time"
 
@@ -15,11 +14,10 @@ import (
 	"ringwall/internal/rollout"
 )
 
-// Kinds are the types of documents of this package. Probes may ask what allowed
-// says; nil: nothing. now is the server's clock.
-func Kinds(now func() time.Time, allowed func(*url.URL) bool) []control.Kind {
+// Kinds are the types of documents of this package. now is the server's clock.
+func Kinds(now func() time.Time) []control.Kind {
 	return []control.Kind{
-		{Type: fleet.TypeRollout, Check: checkRollout(allowed), Actions: map[string]control.Action{
+		{Type: fleet.TypeRollout, Check: checkRollout, Actions: map[string]control.Action{
 			"start":    act(now, start),
 			"approve":  act(now, approve),
 			"pause":    act(now, pause),
@@ -34,32 +32,30 @@ func Kinds(now func() time.Time, allowed func(*url.URL) bool) []control.Kind {
 // checkRollout lets people write a spec until the rollout runs, and nothing
 // else: a change of what was proposed makes it a draft again, and whatever was
 // approved is not any more.
-func checkRollout(allowed func(*url.URL) bool) func(context.Context, control.Tx, *resource.Document, *resource.Document) error {
-	return func(_ context.Context, _ control.Tx, old, d *resource.Document) error {
-		r, err := parse(d)
+func checkRollout(_ context.Context, _ control.Tx, old, d *resource.Document) error {
+	r, err := parse(d)
+	if err != nil {
+		return err
+	}
+	if err := r.Spec.check(); err != nil {
+		return err
+	}
+	status := &Status{State: rollout.State{Phase: rollout.Draft}}
+	if old != nil {
+		before, err := parse(old)
 		if err != nil {
 			return err
 		}
-		if err := r.Spec.check(allowed); err != nil {
-			return err
-		}
-		status := &Status{State: rollout.State{Phase: rollout.Draft}}
-		if old != nil {
-			before, err := parse(old)
-			if err != nil {
-				return err
+		status = before.Status
+		if !r.Spec.equal(&before.Spec) {
+			if status.Phase != rollout.Draft && status.Phase != rollout.Proposed {
+				return fmt.Errorf("rollout: it is %s and cannot be changed: make another: %w", status.Phase, errs.Conflict)
 			}
-			status = before.Status
-			if !r.Spec.equal(&before.Spec) {
-				if status.Phase != rollout.Draft && status.Phase != rollout.Proposed {
-					return fmt.Errorf("rollout: it is %s and cannot be changed: make another: %w", status.Phase, errs.Conflict)
-				}
-				status = &Status{State: rollout.State{Phase: rollout.Draft, Revision: status.Revision + 1}}
-			}
+			status = &Status{State: rollout.State{Phase: rollout.Draft, Revision: status.Revision + 1}}
 		}
-		r.Status = status
-		return r.store(d)
 	}
+	r.Status = status
+	return r.store(d)
 }
 
 // request is the body of an action; not every action reads all of it.

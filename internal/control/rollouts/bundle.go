@@ -24,8 +24,9 @@ type bundle struct {
 }
 
 const (
-	maxPolicy = 8 << 20 // bytes of a signed policy
-	maxItems  = 50_000  // releases and supplements of a manifest
+	maxPolicy    = 8 << 20   // bytes of a signed policy or record
+	maxCatalogue = 320 << 20 // bytes
+	maxItems     = 50_000    // releases and supplements of a manifest
 )
 
 // loadBundle reads a manifest to its last chunk, as a host would: whatever a
@@ -37,7 +38,7 @@ func loadBundle(ctx context.Context, c Content, digest integrity.Digest, now tim
 	if b.manifest, b.signed, err = c.Manifest(ctx, digest); err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", digest, err)
 	}
-	if b.document, err = c.Chunk(ctx, b.manifest.Policy); err != nil {
+	if b.document, err = c.Chunk(ctx, b.manifest.Policy, maxPolicy); err != nil {
 		return nil, fmt.Errorf("policy %s: %w", b.manifest.Policy, err)
 	}
 	if b.base, err = readPolicy(b.document); err != nil {
@@ -88,7 +89,7 @@ func readPolicy(document []byte) (*integrity.Policy, error) {
 func (b *bundle) items(ctx context.Context, c Content) ([]codesign.Item, error) {
 	var out []codesign.Item
 	for _, d := range b.manifest.Index {
-		part, err := c.Chunk(ctx, d)
+		part, err := c.Chunk(ctx, d, codesign.MaxIndexPart)
 		if err != nil {
 			return nil, fmt.Errorf("list of releases %s: %w", d, err)
 		}
@@ -110,7 +111,7 @@ func (b *bundle) join(ctx context.Context, c Content, items []codesign.Item) (*i
 		if it.Supplement == nil {
 			continue
 		}
-		raw, err := c.Chunk(ctx, *it.Supplement)
+		raw, err := c.Chunk(ctx, *it.Supplement, maxPolicy)
 		if err != nil {
 			return nil, fmt.Errorf("supplement %s: %w", it.Supplement, err)
 		}
@@ -140,12 +141,12 @@ func (b *bundle) sources(ctx context.Context, c Content, items []codesign.Item, 
 		if it.Release == nil {
 			continue
 		}
-		record, err1 := c.Chunk(ctx, it.Release.Record)
-		catalogue, err2 := c.Chunk(ctx, it.Release.Catalogue)
+		record, err1 := c.Chunk(ctx, it.Release.Record, maxPolicy)
+		catalogue, err2 := c.Chunk(ctx, it.Release.Catalogue, maxCatalogue)
 		var names []byte
 		var err3 error
 		if it.Release.Names != nil {
-			names, err3 = c.Chunk(ctx, *it.Release.Names)
+			names, err3 = c.Chunk(ctx, *it.Release.Names, maxCatalogue)
 		}
 		if err := errors.Join(err1, err2, err3); err != nil {
 			return nil, fmt.Errorf("release %s: %w", it.Release.Record, err)

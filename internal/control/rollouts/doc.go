@@ -12,48 +12,43 @@ package rollouts
 
 import (
 	"context"
+	"time"
 
 	"ringwall/internal/codesign"
+	"ringwall/internal/control"
 	"ringwall/internal/fleet"
 	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
 )
 
-// Fleet is the hosts as the engine needs them.
+// Fleet is the hosts as the engine needs them; *hosts.Service is one.
 type Fleet interface {
 	// Hosts is a snapshot of every host below a scope.
 	Hosts(ctx context.Context, below resource.ID) ([]fleet.Host, error)
-	// Assign stores what is meant for hosts. The same may come again.
-	Assign(ctx context.Context, as []fleet.Assignment) error
+	// AssignUnder stores what is meant for hosts, as the holder of a lease;
+	// errs.Conflict when the holding is over. The same may come again.
+	AssignUnder(ctx context.Context, f control.Fence, all []fleet.Assignment) error
+	// Signals are those since a time, of all replicas.
+	Signals(ctx context.Context, since time.Time) ([]fleet.Signal, error)
 }
 
-// Content is what operators uploaded.
+// Content is what operators uploaded; *hosts.Service has it.
 type Content interface {
-	// Manifest returns a manifest and its signed document; errs.NotFound if it
-	// was not uploaded.
+	// Manifest returns a manifest and its signed document, of which nothing was
+	// verified; errs.NotFound if it was not uploaded.
 	Manifest(ctx context.Context, digest integrity.Digest) (*codesign.Manifest, []byte, error)
-	// Chunk returns a whole chunk by its SHA-256; errs.NotFound if it was not
-	// uploaded.
-	Chunk(ctx context.Context, digest integrity.Digest) ([]byte, error)
+	// Chunk returns a whole chunk of at most limit bytes by its SHA-256;
+	// errs.NotFound if it was not uploaded.
+	Chunk(ctx context.Context, digest integrity.Digest, limit int) ([]byte, error)
 }
 
-// Inventory is what was seen to run.
+// Inventory is what was seen to run; *hosts.Service has it.
 type Inventory interface {
-	// Executables visits each distinct executable below a scope.
-	Executables(ctx context.Context, below resource.ID, visit func(Executable) error) error
-	// Coverage is the share of what some hosts run, each weighed by its hosts,
-	// that others run as well: 0 to 1.
-	Coverage(ctx context.Context, of, by []string) (float64, error)
-}
-
-// Executable is one distinct content of an inventory.
-type Executable struct {
-	Kind   string
-	SHA256 integrity.Digest
-	Path   string // one of its paths
-	Signer string
-	Hosts  int // that ran it
+	// Inventory returns what ran on the hosts below a scope since a time.
+	Inventory(ctx context.Context, below resource.ID, since time.Time, limit int) ([]fleet.Item, error)
+	// Coverage says how much of what ran on some hosts ran on others since a time.
+	Coverage(ctx context.Context, of, by []string, since time.Time) (fleet.Coverage, error)
 }
 
 // Incidents tells the open incidents below a scope that belong to an epoch.

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
-	"net/url"
 	"strings"
 	"time"
 
@@ -140,7 +139,7 @@ func invalid(format string, a ...any) error {
 }
 
 // check says whether a spec makes sense by itself.
-func (s *Spec) check(allowed func(*url.URL) bool) error {
+func (s *Spec) check() error {
 	switch {
 	case s.Manifest.IsZero():
 		return invalid("rollout: manifest is missing")
@@ -162,7 +161,7 @@ func (s *Spec) check(allowed func(*url.URL) bool) error {
 		return invalid("rollout: an emergency has a reason and an end")
 	}
 	for i := range s.Probes {
-		if err := s.Probes[i].check(allowed); err != nil {
+		if err := s.Probes[i].check(); err != nil {
 			return err
 		}
 	}

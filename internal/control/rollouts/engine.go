@@ -5,13 +5,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
+	"net/url"
 	"time"
 
 	"ringwall/internal/audit"
 	"ringwall/internal/control"
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
+	"ringwall/internal/incident"
 	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
@@ -34,6 +37,8 @@ type Options struct {
 	// Offline is how long a host may be silent before it counts as gone; zero
 	// is ten minutes.
 	Offline time.Duration
+	// MayAsk says which URLs probes may ask; nil: none.
+	MayAsk func(*url.URL) bool
 	// Round is the pause between two looks; zero is a second.
 	Round time.Duration
 }
@@ -41,7 +46,7 @@ type Options struct {
 // Heartbeat is how often a host is heard of at least.
 const Heartbeat = 30 * time.Second
 
-// Engine moves rollouts. Progress and Signal may be used by any replica; Run is
+// Engine moves rollouts. Progress and Blocks may be used by any replica; Run is
 // for the holder of the lease.
 type Engine struct {
 	Options
@@ -86,6 +91,8 @@ type run struct {
 	revision uint64 // of the tree, when the documents were read
 	docs     []entry
 	state    map[string]*watched // by key of the rollout
+	signals  []fleet.Signal      // newer than heard
+	heard    time.Time
 }
 
 // entry is a rollout as it is stored.
@@ -106,7 +113,7 @@ func (r *run) round(ctx context.Context) error {
 	if err := r.read(ctx); err != nil {
 		return err
 	}
-	var failed []error
+	failed := []error{r.listen(ctx)}
 	live := map[string]bool{}
 	for i := range r.docs {
 		x := &r.docs[i]
@@ -127,6 +134,31 @@ func (r *run) round(ctx context.Context) error {
 	failed = append(failed, r.read(ctx), r.give(ctx))
 	return errors.Join(failed...)
 }
+
+// listen reads the signals of all replicas that came since the last round, and
+// some of before: what was stored late is not missed, and what was seen is a hit
+// already.
+func (r *run) listen(ctx context.Context) error {
+	if r.heard.IsZero() {
+		r.heard = r.Now().Add(-heardBefore)
+	}
+	got, err := r.Fleet.Signals(ctx, r.heard.Add(-storedLate))
+	if err != nil {
+		return err
+	}
+	r.signals = got
+	for i := range got {
+		if got[i].At.After(r.heard) {
+			r.heard = got[i].At
+		}
+	}
+	return nil
+}
+
+const (
+	heardBefore = time.Hour // how far back a new holder of the lease listens
+	storedLate  = 10 * time.Second
+)
 
 // read reads the documents if the tree changed. A document that cannot be read
 // is left alone, and said.
@@ -412,19 +444,51 @@ func (r *run) give(ctx context.Context) error {
 	if len(as) == 0 {
 		return nil
 	}
-	if err := r.Fleet.Assign(ctx, r.ordered(as)); err != nil {
-		return fmt.Errorf("assign %d hosts: %w", len(as), err)
+	var failed []error
+	for part := range byManifest(r.ordered(as)) {
+		// one manifest that is gone must not keep hosts from going back to another
+		if err := r.Fleet.AssignUnder(ctx, r.fence, part); err != nil {
+			failed = append(failed, fmt.Errorf("assign %d hosts: %w", len(part), err))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// byManifest yields runs of assignments of one manifest.
+func byManifest(as []fleet.Assignment) iter.Seq[[]fleet.Assignment] {
+	return func(yield func([]fleet.Assignment) bool) {
+		for begin := 0; begin < len(as); {
+			end := begin + 1
+			for end < len(as) && as[end].Manifest == as[begin].Manifest {
+				end++
+			}
+			if !yield(as[begin:end]) {
+				return
+			}
+			begin = end
+		}
+	}
+}
+
+// Blocks is told of blocks by whichever replica heard of them, and stores the
+// flips for the rollouts that they belong to, so that a ring is stopped before its
+// hosts report next. The same may come again.
+func (e *Engine) Blocks(ctx context.Context, all []incident.Event) error {
+	by := map[uint64][]rollout.Hit{}
+	for i := range all {
+		if x := &all[i]; x.Flip {
+			by[x.Epoch] = append(by[x.Epoch], rollout.Hit{Host: x.Host, Signal: hitFlip, At: x.At, Text: clip(x.Kind+" "+x.Path, maxText)})
+		}
+	}
+	for epoch, hits := range by {
+		if err := e.addFlips(ctx, epoch, hits); err != nil {
+			return fmt.Errorf("rollouts: %d flips of epoch %d: %w", len(hits), epoch, err)
+		}
 	}
 	return nil
 }
 
-// Signal is told of what happened to a host, by whichever replica heard of it;
-// it is stored for the rollouts that the host belongs to. Blocks that are flips
-// come here too, under the name "flip". The same may come again.
-func (e *Engine) Signal(ctx context.Context, epoch uint64, signals ...fleet.Signal) error {
-	if len(signals) == 0 {
-		return nil
-	}
+func (e *Engine) addFlips(ctx context.Context, epoch uint64, flips []rollout.Hit) error {
 	return e.Store.Write(ctx, func(tx control.Tx) error {
 		rec, err := records(tx)
 		if err != nil {
@@ -432,32 +496,29 @@ func (e *Engine) Signal(ctx context.Context, epoch uint64, signals ...fleet.Sign
 		}
 		return each(ctx, tx, fleet.TypeRollout, func(d *resource.Document) error {
 			r, err := parse(d)
-			if err != nil || r.Status.Over || r.Status.Phase == rollout.Draft || r.Status.Phase == rollout.Proposed {
+			if err != nil || r.Status.Epoch != epoch || r.Status.Over || r.Status.Phase == rollout.Draft || r.Status.Phase == rollout.Proposed {
 				return nil //nolint:nilerr // what cannot be read is said by the engine
 			}
-			if epoch != 0 && epoch != r.Status.Epoch {
-				return nil
-			}
-			return addSignals(ctx, rec, d.ID.Key(), signals)
+			return addMembers(ctx, rec, d.ID.Key(), flips)
 		})
 	})
 }
 
-func addSignals(ctx context.Context, rec Records, of string, signals []fleet.Signal) error {
+// addMembers stores the hits of hosts that were admitted.
+func addMembers(ctx context.Context, rec Records, of string, all []rollout.Hit) error {
 	hosts, err := rec.RolloutHosts(ctx, of)
 	if err != nil {
 		return err
 	}
-	members := map[string]bool{}
+	admitted := map[string]bool{}
 	for i := range hosts {
-		members[hosts[i].Host] = !hosts[i].Entered.IsZero()
+		admitted[hosts[i].Host] = !hosts[i].Admitted.IsZero()
 	}
 	var hits []rollout.Hit
-	seen := map[[2]string]bool{}
-	for _, s := range signals {
-		if k := [2]string{s.Host, s.Name}; members[s.Host] && !seen[k] {
-			seen[k] = true
-			hits = append(hits, rollout.Hit{Host: s.Host, Signal: clip(s.Name, 64), At: s.At, Text: clip(s.Text, maxText)})
+	for _, h := range all {
+		if admitted[h.Host] {
+			admitted[h.Host] = false // one is enough
+			hits = append(hits, h)
 		}
 	}
 	return rec.AddRolloutHits(ctx, of, hits)

@@ -9,6 +9,7 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
+	"ringwall/internal/incident"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
 )
@@ -120,37 +121,72 @@ func TestEngine_signals(t *testing.T) {
 	}
 }
 
-// Signals that other replicas heard of are stored for the rollouts of the host.
-func TestEngine_signalOfAnotherReplica(t *testing.T) {
+// Flips that any replica heard of stop a rollout before its hosts report next.
+func TestEngine_blocks(t *testing.T) {
 	w := newWorld(t, 200, newKeys(t))
 	w.begin(tenth)
 	w.until(change, rollout.Running, time.Minute, 5)
 	w.tick(time.Minute)
 	w.tick(time.Minute)
-	var on []fleet.Signal
+	var on []incident.Event
 	for _, x := range w.fleet.all {
 		if x.Report.Manifest == w.good {
-			on = append(on, fleet.Signal{Host: x.ID, Name: "flip", Text: "libfoo.so", At: w.now()})
+			on = append(on, incident.Event{Host: x.ID, Kind: "library", Path: "/usr/lib/libfoo.so", Epoch: 2, Flip: true, At: w.now()})
 		}
 	}
 	if len(on) < 2 {
 		t.Fatalf("%d hosts have it", len(on))
 	}
-	if err := w.engine.Signal(t.Context(), 7, on...); err != nil {
-		t.Fatal(err)
+	for what, edit := range map[string]func(*incident.Event){
+		"another epoch":            func(e *incident.Event) { e.Epoch = 7 },
+		"no flip":                  func(e *incident.Event) { e.Flip = false },
+		"a host that is no member": func(e *incident.Event) { e.Host = "stranger" },
+	} {
+		all := slices.Clone(on)
+		for i := range all {
+			edit(&all[i])
+		}
+		if err := w.engine.Blocks(t.Context(), all); err != nil {
+			t.Fatal(err)
+		}
+		w.tick(0)
+		if s := w.status(change); s.Phase != rollout.Running {
+			t.Fatalf("%s: %s", what, s.Phase)
+		}
 	}
-	w.tick(0)
-	if s := w.status(change); s.Phase != rollout.Running {
-		t.Fatalf("flips of another epoch: %s", s.Phase)
-	}
-	again := append(slices.Clone(on), on...)
-	again = append(again, fleet.Signal{Host: "stranger", Name: "flip", At: w.now()})
-	if err := w.engine.Signal(t.Context(), 2, again...); err != nil {
+	if err := w.engine.Blocks(t.Context(), append(slices.Clone(on), on...)); err != nil {
 		t.Fatal(err)
 	}
 	w.tick(0)
 	if s := w.status(change); s.Phase != rollout.RollingBack || s.Why[0].Code != "flips" {
 		t.Errorf("%s %+v", s.Phase, s.Why)
+	}
+}
+
+// Signals of any replica are compared; those from before the rollout are not.
+func TestEngine_signalsOfReplicas(t *testing.T) {
+	w := newWorld(t, 300, newKeys(t))
+	w.begin(tenth)
+	w.until(change, rollout.Running, time.Minute, 5)
+	w.tick(time.Minute)
+	w.tick(time.Minute)
+	for _, x := range w.fleet.all {
+		if x.Report.Manifest == w.good {
+			w.fleet.signals = append(w.fleet.signals,
+				fleet.Signal{Host: x.ID, Name: "attestation", At: noon().Add(-time.Minute)},
+				fleet.Signal{Host: x.ID, Name: "coffee", At: w.now()})
+		}
+	}
+	w.tick(time.Second)
+	if s := w.status(change); s.Phase != rollout.Running {
+		t.Fatalf("%s: %+v", s.Phase, s.Why)
+	}
+	for _, s := range slices.Clone(w.fleet.signals) {
+		w.fleet.signals = append(w.fleet.signals, fleet.Signal{Host: s.Host, Name: "attestation", At: w.now()})
+	}
+	w.tick(time.Second)
+	if s := w.status(change); s.Phase != rollout.RollingBack || s.Why[0].Code != "signal" || !strings.HasPrefix(s.Why[0].Text, "attestation: ") {
+		t.Errorf("%s: %+v", s.Phase, s.Why)
 	}
 }
 

@@ -37,6 +37,13 @@ type Probe struct {
 	Failures int `json:"failures,omitempty"`
 }
 
+// allowed says whether the server's operator lets it ask. Without anything said,
+// nothing: it fails closed.
+func (p *Probe) allowed(may func(*url.URL) bool) bool {
+	u, err := url.Parse(p.URL)
+	return err == nil && may != nil && may(u)
+}
+
 const (
 	probeTime   = 5 * time.Second
 	probeEvery  = 30 * time.Second
@@ -46,7 +53,7 @@ const (
 	maxProbeURL = 2000
 )
 
-func (p *Probe) check(allowed func(*url.URL) bool) error {
+func (p *Probe) check() error {
 	u, err := url.Parse(p.URL)
 	switch {
 	case p.Name == "" || len(p.Name) > 200:
@@ -61,8 +68,6 @@ func (p *Probe) check(allowed func(*url.URL) bool) error {
 		return invalid("rollout: probe %s: a query without max or min", p.Name)
 	case len(p.Ask) > maxQuery || p.MinSamples < 0 || p.Failures < 0:
 		return invalid("rollout: probe %s: the query is longer than %d bytes, or a number is negative", p.Name, maxQuery)
-	case allowed == nil || !allowed(u):
-		return fmt.Errorf("rollout: probe %s: the server may not ask %s: its operator says which URLs it may (--probe-url): %w", p.Name, u.Redacted(), errs.Denied)
 	}
 	return nil
 }
@@ -71,6 +76,7 @@ func (p *Probe) check(allowed func(*url.URL) bool) error {
 // answered. It is used by one goroutine.
 type prober struct {
 	client *http.Client
+	may    func(*url.URL) bool
 	last   time.Time
 	bad    []int // failures in a row, by probe
 	answer []rollout.Probe
@@ -78,8 +84,8 @@ type prober struct {
 
 // newProber returns a prober that follows no redirects: they would lead past
 // what may be asked.
-func newProber() *prober {
-	return &prober{client: &http.Client{
+func newProber(may func(*url.URL) bool) *prober {
+	return &prober{may: may, client: &http.Client{
 		Timeout:       probeTime,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
@@ -133,6 +139,9 @@ func (p *prober) ask(ctx context.Context, q *Probe) rollout.Probe {
 }
 
 func (p *prober) get(ctx context.Context, q *Probe) (rollout.Verdict, string, error) {
+	if !q.allowed(p.may) {
+		return "", "", fmt.Errorf("the server may not ask that: %w", errs.Denied)
+	}
 	target := q.URL
 	if q.Ask != "" {
 		u, err := url.Parse(q.URL)

@@ -55,7 +55,7 @@ type watched struct {
 func (r *run) watch(ctx context.Context, x *entry) (*watched, error) {
 	w := r.state[x.key()]
 	if w == nil {
-		w = &watched{asks: newProber()}
+		w = &watched{asks: newProber(r.MayAsk)}
 	}
 	if err := r.load(ctx, x, w); err != nil {
 		return nil, err
@@ -117,6 +117,7 @@ func (w *watched) addHit(h rollout.Hit) {
 // by it.
 func (r *run) observe(ctx context.Context, x *entry, w *watched, now time.Time) error {
 	changed, hits := r.look(x, w, now)
+	hits = append(hits, w.told(r.signals)...)
 	if len(changed)+len(hits) == 0 {
 		return nil
 	}
@@ -138,6 +139,23 @@ func (r *run) observe(ctx context.Context, x *entry, w *watched, now time.Time) 
 	}
 	w.take(changed, hits)
 	return nil
+}
+
+// told are the signals that are new to hosts of the rollout, one of each.
+func (w *watched) told(all []fleet.Signal) (out []rollout.Hit) {
+	seen := map[[2]string]bool{}
+	for _, s := range all {
+		rec := w.hosts[s.Host]
+		k := [2]string{s.Host, s.Name}
+		if rec == nil || rec.Entered.IsZero() || s.At.Before(rec.Entered) || seen[k] || !slices.Contains(signals(), s.Name) {
+			continue
+		}
+		if _, old := w.hits[s.Host][s.Name]; !old {
+			seen[k] = true
+			out = append(out, rollout.Hit{Host: s.Host, Signal: s.Name, At: s.At, Text: clip(s.Text, maxText)})
+		}
+	}
+	return out
 }
 
 func (w *watched) take(changed []rollout.Record, hits []rollout.Hit) {
@@ -278,6 +296,7 @@ func (r *run) cover(ctx context.Context, x *entry, w *watched, now time.Time) er
 		return nil
 	}
 	var of, by []string
+	since := now
 	for id, rec := range w.hosts {
 		switch {
 		case w.now[id] == nil:
@@ -285,13 +304,20 @@ func (r *run) cover(ctx context.Context, x *entry, w *watched, now time.Time) er
 			of = append(of, id)
 		case rec.Ring <= at && !rec.Applied.IsZero():
 			by = append(by, id)
+			if rec.Applied.Before(since) {
+				since = rec.Applied
+			}
 		}
 	}
-	c, err := r.Inventory.Coverage(ctx, of, by)
+	c, err := r.Inventory.Coverage(ctx, of, by, since)
 	if err != nil {
 		return err
 	}
-	w.coverage, w.coverageRing, w.coverageAt = c, at, now
+	w.coverage = 0
+	if c.Uses > 0 {
+		w.coverage = float64(c.UsesCovered) / float64(c.Uses)
+	}
+	w.coverageRing, w.coverageAt = at, now
 	return nil
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"ringwall/internal/audit"
 	"ringwall/internal/control"
+	"ringwall/internal/fleet"
 	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
@@ -32,7 +33,7 @@ type checked struct {
 func (r *run) check(ctx context.Context, x *entry) error {
 	w := r.state[x.key()]
 	if w == nil {
-		w = &watched{asks: newProber()}
+		w = &watched{asks: newProber(r.MayAsk)}
 		r.state[x.key()] = w
 	}
 	if w.check == nil || w.check.revision != x.doc.Revision {
@@ -75,6 +76,11 @@ func (e *Engine) inspect(ctx context.Context, x *entry, c *checked) error {
 		return err
 	}
 	e.checkRings(x, w, out)
+	for i := range x.r.Probes {
+		if p := &x.r.Probes[i]; !p.allowed(e.MayAsk) {
+			out.add("probe", "probe %s: the server may not ask %s: its operator says which URLs it may, with --probe-url", p.Name, p.URL)
+		}
+	}
 	b, err := loadBundle(ctx, e.Content, x.r.Manifest, now)
 	if err != nil {
 		return out.problem(err)
@@ -246,39 +252,24 @@ func (e *Engine) replay(ctx context.Context, x *entry, base, b *bundle, out *Che
 	if e.Inventory == nil {
 		return nil
 	}
+	items, err := e.Inventory.Inventory(ctx, x.scope(), now.Add(-recorded), 0)
+	if err != nil {
+		return fmt.Errorf("what-if: %w", err)
+	}
 	unwaived := 0
 	what := &out.WhatIf
-	err := e.Inventory.Executables(ctx, x.scope(), func(ex Executable) error {
-		kind, err := integrity.ParseKind(ex.Kind)
-		if err != nil || ex.SHA256.IsZero() {
-			return nil //nolint:nilerr // not about a content, such as memory
+	for i := range items {
+		f := what.ask(base, b, &items[i], now)
+		if f == nil {
+			continue
 		}
-		what.Asked++
-		after, known := verdict(b, kind, ex.SHA256, now)
-		if after.Allow {
-			what.Allowed++
-			return nil
-		}
-		before, knew := verdict(base, kind, ex.SHA256, now)
-		switch {
-		case base != nil && !before.Allow && !known && !knew, base == nil && !known:
-			what.Unknown++
-			return nil
-		case base != nil && !before.Allow:
-			return nil // refused already
-		}
-		f := Flip{Kind: ex.Kind, SHA256: ex.SHA256, Path: clip(ex.Path, maxText), Hosts: ex.Hosts, Reason: after.Reason}
-		if i := slices.IndexFunc(x.r.Waive, func(w Waiver) bool { return w.SHA256 == ex.SHA256 }); i >= 0 {
+		if i := slices.IndexFunc(x.r.Waive, func(w Waiver) bool { return w.SHA256 == f.SHA256 }); i >= 0 {
 			f.Waived = x.r.Waive[i].Reason
 		} else {
 			unwaived++
 		}
-		what.Hosts = max(what.Hosts, ex.Hosts)
-		what.Flips = append(what.Flips, f)
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("what-if: %w", err)
+		what.Hosts = max(what.Hosts, f.Hosts)
+		what.Flips = append(what.Flips, *f)
 	}
 	slices.SortFunc(what.Flips, func(p, q Flip) int {
 		return cmp.Or(strings.Compare(p.Waived, q.Waived), q.Hosts-p.Hosts, strings.Compare(p.Path, q.Path), strings.Compare(p.SHA256.String(), q.SHA256.String()))
@@ -291,6 +282,32 @@ func (e *Engine) replay(ctx context.Context, x *entry, base, b *bundle, out *Che
 		out.add("flips", "%d executables that ran would be refused, such as %s on %d hosts: allow them, or waive them with a reason", unwaived, cmp.Or(f.Path, f.SHA256.String()), f.Hosts)
 	}
 	return nil
+}
+
+// recorded is how far back the inventory is asked.
+const recorded = 30 * 24 * time.Hour
+
+// ask asks about one executable; nil: it is no flip.
+func (what *WhatIf) ask(base, b *bundle, it *fleet.Item, now time.Time) *Flip {
+	kind, err := integrity.ParseKind(it.Kind)
+	if err != nil || it.SHA256.IsZero() {
+		return nil // not about a content, such as memory
+	}
+	what.Asked++
+	after, known := verdict(b, kind, it.SHA256, now)
+	if after.Allow {
+		what.Allowed++
+		return nil
+	}
+	before, knew := verdict(base, kind, it.SHA256, now)
+	switch {
+	case !known && !knew:
+		what.Unknown++
+		return nil
+	case base != nil && !before.Allow:
+		return nil // refused already
+	}
+	return &Flip{Kind: it.Kind, SHA256: it.SHA256, Path: clip(it.Path, maxText), Hosts: it.Hosts, Reason: after.Reason}
 }
 
 // verdict is what a bundle says of a content, and whether it knows it at all.

@@ -117,7 +117,7 @@ func (c *content) Manifest(_ context.Context, d integrity.Digest) (*codesign.Man
 	return m, b, err
 }
 
-func (c *content) Chunk(_ context.Context, d integrity.Digest) ([]byte, error) {
+func (c *content) Chunk(_ context.Context, d integrity.Digest, _ int) ([]byte, error) {
 	b, ok := c.chunks[d]
 	if !ok {
 		return nil, fmt.Errorf("chunk %s: %w", d, errs.NotFound)
@@ -157,6 +157,7 @@ type hosts struct {
 	epochs   map[integrity.Digest]uint64
 	now      func() time.Time
 	assigned int // assignments made
+	signals  []fleet.Signal
 	// breaks is what a manifest does to a host that has just taken it.
 	breaks func(*fleet.Host)
 	fail   func() error // instead of Assign, before or after it was stored
@@ -192,7 +193,7 @@ func (h *hosts) Hosts(_ context.Context, below resource.ID) ([]fleet.Host, error
 	return out, nil
 }
 
-func (h *hosts) Assign(_ context.Context, as []fleet.Assignment) error {
+func (h *hosts) AssignUnder(_ context.Context, _ control.Fence, as []fleet.Assignment) error {
 	for _, a := range as {
 		if h.fail != nil {
 			if err := h.fail(); err != nil {
@@ -206,6 +207,15 @@ func (h *hosts) Assign(_ context.Context, as []fleet.Assignment) error {
 		h.mu.Unlock()
 	}
 	return nil
+}
+
+func (h *hosts) Signals(_ context.Context, since time.Time) (out []fleet.Signal, _ error) {
+	for _, s := range h.signals {
+		if !s.At.Before(since) {
+			out = append(out, s)
+		}
+	}
+	return out, nil
 }
 
 // step lets every host that is there report, and take what is meant for it.
@@ -240,21 +250,16 @@ func (h *hosts) count(is func(*fleet.Host) bool) (n int) {
 
 // inventory is what ran.
 type inventory struct {
-	all      []rollouts.Executable
-	coverage float64
+	all      []fleet.Item
+	coverage int // percent
 }
 
-func (i *inventory) Executables(_ context.Context, _ resource.ID, visit func(rollouts.Executable) error) error {
-	for _, x := range i.all {
-		if err := visit(x); err != nil {
-			return err
-		}
-	}
-	return nil
+func (i *inventory) Inventory(context.Context, resource.ID, time.Time, int) ([]fleet.Item, error) {
+	return i.all, nil
 }
 
-func (i *inventory) Coverage(context.Context, []string, []string) (float64, error) {
-	return i.coverage, nil
+func (i *inventory) Coverage(context.Context, []string, []string, time.Time) (fleet.Coverage, error) {
+	return fleet.Coverage{Uses: 100, UsesCovered: i.coverage}, nil
 }
 
 // world is a server with a fleet and people.
@@ -299,8 +304,8 @@ func newWorld(t testing.TB, n int, k *keys) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	w := &world{t: t, store: s, clock: noon(), inventory: &inventory{coverage: 1}, keys: k}
-	if w.door, err = control.New(w.shelf(), rollouts.Kinds(w.now, nil)...); err != nil {
+	w := &world{t: t, store: s, clock: noon(), inventory: &inventory{coverage: 100}, keys: k}
+	if w.door, err = control.New(w.shelf(), rollouts.Kinds(w.now)...); err != nil {
 		t.Fatal(err)
 	}
 	w.fleet = newHosts(n, w.now)
