@@ -39,6 +39,8 @@ local administrator, whose token is written to a file.
   DATA/audit-log           the audit log's hashes, published: signed checkpoints in
                            the form of C2SP tlog-tiles; audit-log.pub is their key
   DATA/tls/ca.crt          who certifies the server: clients need it
+  DATA/tls/clients.crt     who certifies services and hosts; the key is beside it
+  DATA/issuer              keys of the built-in issuer that people sign on to
   DATA/break-glass.token   the local administrator's token: log in with it once,
                            make tokens for people, and put it into a safe
 
@@ -54,6 +56,7 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringVar(&o.data, "data", defaultServerDir, "the server's `DIRECTORY`")
 	f.StringVar(&o.database, "database", "", "`URL` of the database: sqlite:DIRECTORY or postgres://… (default: SQLite in the data directory)")
 	f.StringVar(&o.listen, "listen", "127.0.0.1:8443", "`ADDRESS` to listen on")
+	f.StringVar(&o.base, "url", "", "`URL` of the server for people, for sign-on (default: https:// and the first --name, else the address)")
 	f.StringArrayVar(&o.names, "name", nil, "`NAME` or address that clients use, for the TLS certificate; repeat (127.0.0.1, ::1 and localhost always are)")
 	f.StringVar(&o.metrics, "metrics", "", "answer Prometheus on `ADDRESS` of this machine, such as 127.0.0.1:9477 (default: not at all)")
 	f.StringVar(&o.notify, "notify", "", "`FILE` that says whom to tell of incidents (default: nobody, only the log)")
@@ -63,9 +66,9 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 }
 
 type serverOptions struct {
-	data, database, listen, metrics, notify string
-	names                                   []string
-	audit                                   auditOptions
+	data, database, listen, base, metrics, notify string
+	names                                         []string
+	audit                                         auditOptions
 }
 
 func (o *serverOptions) url() string {
@@ -119,15 +122,24 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err := parts.addMetrics(ctx, o.metrics, e.notef); err != nil {
 		return err
 	}
-	srv := &http.Server{
-		Handler: parts.metrics.handler(httpapi.New(door, log, e.now, httpapi.Mount(parts.routes...))), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
-		BaseContext: func(net.Listener) context.Context { return ctx },
-		TLSConfig:   serverTLSConfig(certificates, clients),
-	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
 	if err != nil {
 		return err
+	}
+	defer func() { _ = l.Close() }() // the server closes it too
+	base, err := o.baseURL(l.Addr())
+	if err != nil {
+		return err
+	}
+	signOn, err := parts.addSignOn(o.data, base, clients, e.now)
+	if err != nil {
+		return err
+	}
+	srv := &http.Server{
+		Handler: parts.metrics.handler(httpapi.New(door, log, e.now, signOn, httpapi.Mount(parts.routes...))), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+		TLSConfig:   serverTLSConfig(certificates, clients),
 	}
 	defer parts.start(ctx)() // before the database is closed
 	e.notef("serving on https://%s", l.Addr())

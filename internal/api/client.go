@@ -56,6 +56,21 @@ func NewClient(server string, ca []byte, token string) (*Client, error) {
 	}}, nil
 }
 
+// NewCertificateClient is NewClient for a service, which shows a certificate and
+// has no token. cert and key are PEM.
+func NewCertificateClient(server string, ca, cert, key []byte) (*Client, error) {
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return nil, fmt.Errorf("client certificate: %w: %w", err, errs.Invalid)
+	}
+	c, err := NewClient(server, ca, "")
+	if err != nil {
+		return nil, err
+	}
+	c.http.Transport.(*http.Transport).TLSClientConfig.Certificates = []tls.Certificate{pair} //nolint:forcetypeassert // made above
+	return c, nil
+}
+
 // Request is one call.
 type Request struct {
 	Method  string
@@ -92,7 +107,9 @@ func (c *Client) send(ctx context.Context, q Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Authorization", "Bearer "+c.token)
+	if c.token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.token)
+	}
 	if len(q.Body) > 0 {
 		req.Header.Set("Content-Type", "application/json")
 	}

@@ -262,8 +262,8 @@ func (a *API) put(w http.ResponseWriter, r *http.Request, by control.Actor) erro
 	if err != nil {
 		return err
 	}
-	in, err := readInput(r)
-	if err != nil {
+	var in input
+	if err := readJSON(r, &in); err != nil {
 		return err
 	}
 	if in.ID != nil && !in.ID.Equal(id) {
@@ -279,22 +279,6 @@ func (a *API) put(w http.ResponseWriter, r *http.Request, by control.Actor) erro
 		status = http.StatusCreated
 	}
 	return writeDocument(w, status, d)
-}
-
-func readInput(r *http.Request) (*input, error) {
-	dec := json.NewDecoder(r.Body)
-	dec.DisallowUnknownFields()
-	var in input
-	if err := dec.Decode(&in); err != nil {
-		if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-			return nil, fmt.Errorf("the body is longer than %d bytes: %w", maxBody, errs.Invalid)
-		}
-		return nil, fmt.Errorf("the body is no document: %w: %w", err, errs.Invalid)
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("the body goes on after the document: %w", errs.Invalid)
-	}
-	return &in, nil
 }
 
 // condition reads If-Match and If-None-Match (RFC 9110, section 13.1).
