@@ -20,11 +20,13 @@ import (
 )
 
 func newAttestCommand(e *env) *cobra.Command {
-	return newGroup("attest", groupHost, "Look at what a machine measured",
+	return newGroup("attest", groupHost, "Prove, and look at, what a machine booted and ran",
 		`Firmware, boot loader and kernel measure what they start into the TPM's platform
 configuration registers (PCRs) and keep a log. The log is a file like any other;
-only together with the PCRs does it say what happened.`,
-		newAttestLogCommand(e), newAttestIMACommand(e))
+only together with the PCRs does it say what happened. A quote by the TPM proves the
+PCRs to others, and a policy says which machines are good.`,
+		newAttestLogCommand(e), newAttestIMACommand(e), newAttestEvidenceCommand(e), newAttestVerifyCommand(e), newAttestVerifyArchiveCommand(e),
+		newAttestLearnCommand(e), newAttestPredictCommand(e), newAttestMeasureCommand(e))
 }
 
 type bootEventJSON struct {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -24,8 +25,15 @@ func TestMain(m *testing.M) {
 //
 //	exits N COMMAND...    the command must end with exit code N
 //	json PATH WANT        the value at PATH (a.b.0.c, or a.len for a count) of the last output
+//
+// $TESTDATA is where recordings lie that no script can make.
 func TestScript(t *testing.T) {
+	recordings, err := filepath.Abs("testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
+		Setup:               func(e *testscript.Env) error { e.Setenv("TESTDATA", recordings); return nil },
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,

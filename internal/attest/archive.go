@@ -29,7 +29,8 @@ type Archive struct {
 
 const (
 	archiveFormat = "ringwall-attestation-archive/1"
-	maxArchive    = 512 << 20
+	// MaxArchive bounds an archive in bytes.
+	MaxArchive = 512 << 20
 )
 
 // NewArchive keeps an appraisal and its signed result.
@@ -49,7 +50,7 @@ func NewArchive(in *Input, signed []byte) ([]byte, error) {
 // the evidence leads to any other result than the one that was signed.
 func VerifyArchive(archive []byte, catalogues Catalogues, open func(bundle []byte) ([]byte, error)) (*Result, error) {
 	var a Archive
-	if err := pki.UnmarshalStrict(archive, &a, maxArchive); err != nil {
+	if err := pki.UnmarshalStrict(archive, &a, MaxArchive); err != nil {
 		return nil, fmt.Errorf("archive: %w", err)
 	}
 	if a.Format != archiveFormat {

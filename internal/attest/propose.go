@@ -151,3 +151,39 @@ func OptionsDigest(cmdline string) string {
 	}
 	return FormatDigest(SHA256, SHA256.sum(wide, []byte{0, 0}))
 }
+
+// ImagePart is a section of an image, by its content.
+type ImagePart struct {
+	Name string
+	Data []byte
+}
+
+// Predict makes the reference values of a boot image: file is all of it, image
+// its Authenticode digest, parts its sections, and kernel the Authenticode
+// digest of what its section .linux holds, for a unified image.
+func Predict(name string, file []byte, image [32]byte, parts []ImagePart, kernel *[32]byte) Component {
+	c := Component{Name: name, File: FormatDigest(SHA256, SHA256.sum(file)), Image: FormatDigest(SHA256, image[:])}
+	if kernel == nil {
+		return c
+	}
+	c.Kernel = FormatDigest(SHA256, kernel[:])
+	for _, want := range StubSections() {
+		for _, p := range parts {
+			if p.Name != want {
+				continue
+			}
+			c.Sections = append(c.Sections, Section{p.Name, []string{FormatDigest(SHA256, SHA256.sum(p.Data))}})
+			if p.Name == ".cmdline" {
+				c.Options = OptionsDigest(strings.TrimRight(string(p.Data), "\x00\n "))
+			}
+		}
+	}
+	return c
+}
+
+// PredictFile makes the reference value of a file that a boot loader reads, such
+// as an initrd.
+func PredictFile(name string, file []byte) Component {
+	d := FormatDigest(SHA256, SHA256.sum(file))
+	return Component{Name: name, File: d, Loaded: d}
+}

@@ -206,6 +206,65 @@ type Collected struct {
 
 const collectedFormat = "ringwall-attestation-evidence/1"
 
+// Question is what a host answers to make such a file: about no key.
+func (c *Collected) Question() *Question {
+	return &Question{Nonce: c.Nonce, Key: SHA256.sum(), Bank: c.Evidence.Bank}
+}
+
+// Input is the file as an appraisal takes it. basis says why the endorsement key
+// is believed; that the attestation key is in its TPM was not shown, because
+// that takes a conversation.
+func (c *Collected) Input(basis Basis, p *Policy, known Catalogues, now time.Time) (*Input, error) {
+	ek, err := ParseEK(c.Identity.EK)
+	if err != nil {
+		return nil, err
+	}
+	ak, err := ParseAK(c.Identity.AK)
+	if err != nil {
+		return nil, err
+	}
+	return &Input{
+		Enrolled:  Enrolled{Host: ek.ID(), AKName: ak.Name(), Basis: basis},
+		Challenge: Challenge{Nonce: c.Nonce, Key: SHA256.sum(), Host: ek.ID(), AKName: ak.Name(), Bank: p.Bank, Issued: c.At},
+		Evidence:  c.Evidence, Policy: p, Catalogues: known, Now: now,
+	}, nil
+}
+
+// Propose is the policy that accepts what the machine booted, see Propose. The
+// quote must be the attestation key's.
+func (c *Collected) Propose(name string) (*Policy, error) {
+	ak, err := ParseAK(c.Identity.AK)
+	if err != nil {
+		return nil, err
+	}
+	a, err := ParseAlg(c.Evidence.Bank)
+	if err != nil {
+		return nil, err
+	}
+	bank, err := NewBank(a, c.Evidence.PCRs)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := VerifyQuote(ak, c.Evidence.Quote, c.Question().Qualifying(c.Evidence.Claims), bank); err != nil {
+		return nil, err
+	}
+	log, err := ParseLog(c.Evidence.EventLog)
+	if err != nil {
+		return nil, err
+	}
+	var user *UserspaceLog
+	if len(c.Evidence.UserspaceLog) > 0 {
+		if user, err = ParseUserspaceLog(c.Evidence.UserspaceLog); err != nil {
+			return nil, err
+		}
+	}
+	boot, err := Replay(log, user, bank, nil)
+	if err != nil {
+		return nil, err
+	}
+	return Propose(boot, name), nil
+}
+
 // MaxCollected bounds such a file in bytes.
 const MaxCollected = 512 << 20
 
@@ -256,8 +315,10 @@ type HostRecord struct {
 	LastGood  time.Time `json:"last_good"` // of the last round that was accepted
 	LastSeen  time.Time `json:"last_seen"` // of the last round
 	State     *State    `json:"state,omitempty"`
-	Passed    []Check   `json:"passed,omitempty"`   // by the last accepted round
-	BootLog   []byte    `json:"boot_log,omitempty"` // that State.EventLog is the digest of
+	// Clock of the last quote that held together, also of a round that was refused.
+	Clock   *Clock  `json:"clock,omitempty"`
+	Passed  []Check `json:"passed,omitempty"`   // by the last accepted round
+	BootLog []byte  `json:"boot_log,omitempty"` // that State.EventLog is the digest of
 	// Version of the record; a write must name the one that it read.
 	Version uint64 `json:"-"`
 }

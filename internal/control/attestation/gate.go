@@ -231,8 +231,9 @@ func (s *Service) act(ctx context.Context, by control.Actor, verb, host, reason 
 const maxReason = 1000
 
 // Release ends a quarantine, for a reason that is recorded. The host is trusted
-// again with its next round: that one is judged as the first after enrolment, so
-// that a TPM whose resets were explained is not refused for them again.
+// again with its next round, which has to explain everything from the start of
+// the boot. Resets of its TPM up to the last round are taken as explained; those
+// after it are not.
 func (s *Service) Release(ctx context.Context, by control.Actor, host, reason string) error {
 	err := s.act(ctx, by, "release", host, reason, func(r *attest.HostRecord) error {
 		if r.Standing != attest.StandingQuarantined {
@@ -240,6 +241,9 @@ func (s *Service) Release(ctx context.Context, by control.Actor, host, reason st
 		}
 		r.Standing, r.Why, r.LastGood, r.LastSeen = attest.StandingTrusted, "", time.Time{}, s.Now().UTC()
 		r.State, r.BootLog, r.Passed = nil, nil, nil
+		if r.Clock != nil {
+			r.State = &attest.State{Clock: *r.Clock}
+		}
 		return nil
 	})
 	if err == nil && s.Hooks.Released != nil {

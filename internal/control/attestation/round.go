@@ -346,6 +346,9 @@ func (s *Service) fold(rec *attest.HostRecord, open *attest.OpenChallenge, in *a
 		rec.Enrolled = in.Now
 	}
 	rec.Identity, rec.LastSeen = open.Identity, in.Now
+	if next != nil {
+		rec.Clock = &next.Clock
+	}
 	if open.Basis != "" {
 		rec.Basis = open.Basis
 	}

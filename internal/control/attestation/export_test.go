@@ -1,0 +1,4 @@
+package attestation
+
+// Zip is for tests.
+func Zip(b []byte) ([]byte, error) { return zip(b) }
