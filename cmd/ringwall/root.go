@@ -52,6 +52,7 @@ func commands(e *env) []*cobra.Command {
 		newResourceCommand(e),
 		newTokenCommand(e),
 		newAuditCommand(e),
+		newFleetCommand(e),
 		newIncidentCommand(e),
 		newVersionCommand(e),
 		newManCommand(e),

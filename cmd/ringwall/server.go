@@ -119,6 +119,11 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err := parts.addIncidents(o.notify, e.now); err != nil {
 		return err
 	}
+	closeEvents, err := parts.addHosts(ctx, o.url(), o.data, clients, e.now)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closeEvents()) }()
 	if err := parts.addMetrics(ctx, o.metrics, e.notef); err != nil {
 		return err
 	}

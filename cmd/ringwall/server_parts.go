@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"ringwall/internal/control"
+	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/httpapi"
 	"ringwall/internal/store"
@@ -24,6 +25,8 @@ type serverParts struct {
 	// leader runs loops of which there must be one in the fleet.
 	leader    *control.Leader
 	incidents *incidents.Engine
+	hosts     *hosts.Service
+	attester  hosts.Attester // nil: hosts are not attested
 
 	routes []httpapi.Route
 	loops  []func(ctx context.Context)

@@ -11,6 +11,7 @@ import (
 
 	"ringwall/internal/agent"
 	"ringwall/internal/control"
+	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
@@ -153,7 +154,7 @@ func openServer(ctx context.Context, url string, log *slog.Logger) (*serverParts
 
 // serverKinds are the types of documents of the server's parts.
 func serverKinds() []control.Kind {
-	return slices.Concat(incidents.Kinds(time.Now))
+	return slices.Concat(incidents.Kinds(time.Now), hosts.Kinds())
 }
 
 func backupDatabase(ctx context.Context, url, file string) error {
