@@ -46,6 +46,8 @@ Exit codes, other than those of other commands:
 
 A pipeline stops on anything but 0.`,
 		newCSVVerifyCommand(e),
+		newCSVRunCommand(e),
+		newCSVGuestCommand(e),
 		newCSVExplainCommand(e),
 		newCSVDiffCommand(e),
 		newCSVConfirmCommand(e),

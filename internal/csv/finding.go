@@ -32,6 +32,8 @@ const (
 	Unparsable       ID = "CSV015"
 	OtherClassifier  ID = "CSV016"
 	UnloadablePolicy ID = "CSV017"
+	DidNotRun        ID = "CSV018"
+	Behaviour        ID = "CSV019"
 )
 
 // Check is what a check is about, for people.
@@ -78,7 +80,7 @@ func Checks() []Check {
 			"A machine with Secure Boot does not start it. Sign it under a certificate in db, and look for its hash, certificate and SBAT generation in the forbidden lists.",
 		},
 		{
-			MadeAtInstall, "made-at-install", "A maintainer script makes or fetches code on the host.",
+			MadeAtInstall, "made-at-install", "Code is made or fetched on the host, by a maintainer script or at run time.",
 			"What is made on the host is in nobody's catalogue, so it does not run there. Make it at build time and ship it, or authorise it by a rule of its own.",
 		},
 		{
@@ -113,6 +115,14 @@ func Checks() []Check {
 			UnloadablePolicy, "policy", "A policy cannot be loaded, so nothing is known about its hosts.",
 			"The file is missing, or this version of the policy language refuses it and agents of this version would, too. Correct it: ringwall policy check.",
 		},
+		{
+			DidNotRun, "did-not-run", "The trial in a guest did not come to its end.",
+			"The build could not be installed, a smoke test failed, the guest's kernel cannot enforce, or events were lost. What was not seen never passes. Look at what failed, and run it again.",
+		},
+		{
+			Behaviour, "behaviour", "A program did at run time what the policy refuses.",
+			"No content decides this: memory that is writable and executable, code as an argument of an interpreter, attaching to other processes. Change the program, or give it the role for it by a program rule.",
+		},
 	}
 }
 
@@ -123,7 +133,7 @@ func CheckOf(id ID) (Check, error) {
 			return c, nil
 		}
 	}
-	return Check{}, fmt.Errorf("check %.20q (want CSV001 to CSV017): %w", string(id), errs.NotFound)
+	return Check{}, fmt.Errorf("check %.20q (want CSV001 to CSV019): %w", string(id), errs.NotFound)
 }
 
 // Severity is what a finding does to a build.

@@ -159,6 +159,13 @@ func (m *Machine) run(ctx context.Context, report func(io.Reader) error) (Result
 	if err != nil {
 		return r, err
 	}
+	// Never written to: at its end the port would count as unplugged, and the
+	// guest's writes would wait for ever.
+	in, err := c.StdinPipe()
+	if err != nil {
+		return r, err
+	}
+	defer in.Close()
 	console, theirs, err := os.Pipe()
 	if err != nil {
 		return r, err
@@ -174,10 +181,10 @@ func (m *Machine) run(ctx context.Context, report func(io.Reader) error) (Result
 	messages := &tail{max: maxConsole}
 	var reading sync.WaitGroup
 	reading.Go(func() { _, _ = io.Copy(messages, console) })
-	in := &bounded{r: out, left: MaxReport}
-	reportErr := report(in)
+	lines := &bounded{r: out, left: MaxReport}
+	reportErr := report(lines)
 	if reportErr == nil {
-		_, reportErr = io.Copy(io.Discard, in) // until the machine ends
+		_, reportErr = io.Copy(io.Discard, lines) // until the machine ends
 	}
 	if reportErr != nil {
 		stop(reportErr)
