@@ -51,6 +51,7 @@ func commands(e *env) []*cobra.Command {
 		newCanCommand(e),
 		newResourceCommand(e),
 		newTokenCommand(e),
+		newRolloutCommand(e),
 		newAuditCommand(e),
 		newFleetCommand(e),
 		newIncidentCommand(e),

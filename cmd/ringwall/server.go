@@ -60,6 +60,7 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringArrayVar(&o.names, "name", nil, "`NAME` or address that clients use, for the TLS certificate; repeat (127.0.0.1, ::1 and localhost always are)")
 	f.StringVar(&o.metrics, "metrics", "", "answer Prometheus on `ADDRESS` of this machine, such as 127.0.0.1:9477 (default: not at all)")
 	f.StringVar(&o.notify, "notify", "", "`FILE` that says whom to tell of incidents (default: nobody, only the log)")
+	f.StringArrayVar(&o.probes, "probe-url", nil, "`URL` that probes of rollouts may ask, with all below it; repeat (default: none)")
 	o.audit.flags(c)
 	c.AddCommand(newServerBackupCommand(e), newServerRestoreCommand(e))
 	return c
@@ -67,7 +68,7 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 
 type serverOptions struct {
 	data, database, listen, base, metrics, notify string
-	names                                         []string
+	names, probes                                 []string
 	audit                                         auditOptions
 }
 
@@ -124,6 +125,7 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeEvents()) }()
+	parts.addRollouts(o.probes, e.now)
 	if err := parts.addMetrics(ctx, o.metrics, e.notef); err != nil {
 		return err
 	}

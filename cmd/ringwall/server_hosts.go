@@ -24,9 +24,7 @@ func (p *serverParts) addHosts(ctx context.Context, url, spool string, clients *
 		Door: p.door, Store: managed{p.store}, Events: events, Records: events, Clients: clients, Log: p.log, Now: now,
 		Shared: p.store.Engine() == "postgres", Spool: spool, Attester: p.attester,
 	}
-	if p.incidents != nil {
-		o.Blocks = p.incidents.Blocks
-	}
+	o.Blocks = p.blocks
 	if p.hosts, err = hosts.New(ctx, o); err != nil {
 		return nil, errors.Join(err, events.Close())
 	}
@@ -54,8 +52,11 @@ func hostRoutes(s *hosts.Service) []httpapi.Route {
 		{
 			Method: http.MethodGet, Path: "/ringwall/fleet/events", Serve: s.ServeEvents, Summary: "What a host reported, the newest first",
 			Query: []httpapi.Query{
-				{Name: "host", About: "id of the host's document"}, {Name: "what", About: "block, notice, signal or lost"}, {Name: "sha256", About: "only about this content"},
-				{Name: "since", About: "RFC 3339 time"}, {Name: "limit", About: "how many, at most"},
+				{Name: "host", About: "id of the host's document"},
+				{Name: "what", About: "block, notice, signal or lost"},
+				{Name: "sha256", About: "only about this content"},
+				{Name: "since", About: "RFC 3339 time"},
+				{Name: "limit", About: "how many, at most"},
 			},
 		},
 		{Method: http.MethodPost, Path: "/ringwall/fleet/chunks", Serve: s.ServeMissing, Summary: "Which chunks must be pushed", Body: hosts.Question{}, Answer: hosts.Question{}},

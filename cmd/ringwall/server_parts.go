@@ -11,6 +11,7 @@ import (
 	"ringwall/internal/control"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
+	"ringwall/internal/control/rollouts"
 	"ringwall/internal/httpapi"
 	"ringwall/internal/store"
 )
@@ -26,6 +27,7 @@ type serverParts struct {
 	leader    *control.Leader
 	incidents *incidents.Engine
 	hosts     *hosts.Service
+	rollouts  *rollouts.Engine
 	attester  hosts.Attester // nil: hosts are not attested
 
 	routes []httpapi.Route

@@ -13,6 +13,7 @@ import (
 	"ringwall/internal/control"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
+	"ringwall/internal/control/rollouts"
 	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
 	"ringwall/internal/image"
@@ -154,7 +155,7 @@ func openServer(ctx context.Context, url string, log *slog.Logger) (*serverParts
 
 // serverKinds are the types of documents of the server's parts.
 func serverKinds() []control.Kind {
-	return slices.Concat(incidents.Kinds(time.Now), hosts.Kinds())
+	return slices.Concat(incidents.Kinds(time.Now), hosts.Kinds(), rollouts.Kinds(time.Now))
 }
 
 func backupDatabase(ctx context.Context, url, file string) error {
