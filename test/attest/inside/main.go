@@ -46,8 +46,11 @@ type agent struct {
 
 func run() error {
 	for _, m := range [][3]string{
-		{"proc", "/proc", "proc"}, {"sysfs", "/sys", "sysfs"}, {"devtmpfs", "/dev", "devtmpfs"},
-		{"securityfs", "/sys/kernel/security", "securityfs"}, {"tmpfs", "/run", "tmpfs"},
+		{"proc", "/proc", "proc"},
+		{"sysfs", "/sys", "sysfs"},
+		{"devtmpfs", "/dev", "devtmpfs"},
+		{"securityfs", "/sys/kernel/security", "securityfs"},
+		{"tmpfs", "/run", "tmpfs"},
 	} {
 		_ = os.MkdirAll(m[1], 0o755)
 		if err := syscall.Mount(m[0], m[1], m[2], 0, ""); err != nil {
