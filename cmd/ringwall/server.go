@@ -138,12 +138,12 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err != nil {
 		return err
 	}
-	signOn, err := parts.addSignOn(o.data, base, clients, e.now)
+	options, err := parts.httpOptions(o.data, base, clients, e.now)
 	if err != nil {
 		return err
 	}
 	srv := &http.Server{
-		Handler: parts.metrics.handler(httpapi.New(door, log, e.now, signOn, httpapi.Mount(parts.routes...))), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Handler: parts.metrics.handler(httpapi.New(door, log, e.now, options...)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
 		TLSConfig:   serverTLSConfig(certificates, clients),

@@ -22,9 +22,9 @@ import (
 	"ringwall/internal/pki"
 )
 
-// addSignOn adds the built-in issuer, the issuers elsewhere, and certificates of
-// services.
-func (p *serverParts) addSignOn(data, base string, clients *pki.TLSAuthority, now func() time.Time) (httpapi.Option, error) {
+// httpOptions adds the built-in issuer, the issuers elsewhere and certificates of
+// services, and mounts the routes of every part: it comes last.
+func (p *serverParts) httpOptions(data, base string, clients *pki.TLSAuthority, now func() time.Time) ([]httpapi.Option, error) {
 	keys := &issuerKeys{dir: filepath.Join(data, "issuer"), now: now}
 	if _, err := keys.Signing(); err != nil {
 		return nil, fmt.Errorf("key of the built-in issuer: %w", err)
@@ -42,7 +42,11 @@ func (p *serverParts) addSignOn(data, base string, clients *pki.TLSAuthority, no
 			}
 		}
 	})
-	return httpapi.WithSignOn(httpapi.SignOn{Memory: control.NewSignOn(p.door), Keys: keys, Base: base}), nil
+	return []httpapi.Option{
+		httpapi.WithSignOn(httpapi.SignOn{Memory: control.NewSignOn(p.door), Keys: keys, Base: base}),
+		httpapi.Remember(control.NewAnswers(p.door)),
+		httpapi.Mount(p.routes...),
+	}, nil
 }
 
 // baseURL is the server's URL for people: as --url says, else of the first

@@ -58,12 +58,19 @@ type API struct {
 	routes []Route
 	mux    *http.ServeMux
 	people *people // nil: tokens of OpenID Connect are not taken
+	limits *limiter
+	// public limits those who are not authenticated, by address.
+	public  *limiter
+	answers Answers // nil: Idempotency-Key is not taken
 }
 
 // New returns the handler of everything. Nothing but what Route calls public is
 // answered without authentication.
 func New(d Door, log *slog.Logger, now func() time.Time, options ...Option) *API {
-	a := &API{door: d, log: log, now: now, mux: http.NewServeMux()}
+	a := &API{
+		door: d, log: log, now: now, mux: http.NewServeMux(),
+		limits: newLimiter(defaultLimits(), now), public: newLimiter(Limits{PerSecond: 10, Burst: 100, Open: 64}, now),
+	}
 	a.routes = a.ownRoutes()
 	for _, o := range options {
 		o(a)
@@ -84,13 +91,14 @@ func (a *API) serve(route Route) http.HandlerFunc {
 	if who == nil {
 		who = a.Actor
 	}
-	limit := cmp.Or(route.MaxBody, maxBody)
+	limit, slow := cmp.Or(route.MaxBody, maxBody), cmp.Or(route.Slow, answerTime)
 	return func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Cache-Control", "no-store")
 		h.Set("X-Content-Type-Options", "nosniff")
 		request := newRequestID()
 		h.Set("x-ms-request-id", request)
+		deadlines(w, r, slow)
 		r.Body = http.MaxBytesReader(w, r.Body, limit)
 		if err := a.answer(w, r, route, who); err != nil {
 			a.fail(w, r, request, err)
@@ -98,15 +106,50 @@ func (a *API) serve(route Route) http.HandlerFunc {
 	}
 }
 
+// How long a client may take to send a body, and an answer to go out.
+const (
+	bodyTime   = time.Minute
+	answerTime = time.Minute
+)
+
+// deadlines end the request of a client that is too slow. Streams move theirs.
+func deadlines(w http.ResponseWriter, r *http.Request, answer time.Duration) {
+	c, now := http.NewResponseController(w), time.Now()
+	var body time.Time // without a body there is nothing to wait for: a deadline would end a stream
+	if r.ContentLength != 0 {
+		body = now.Add(bodyTime)
+	}
+	// what carries no deadlines is a test's
+	_ = c.SetReadDeadline(body)
+	_ = c.SetWriteDeadline(now.Add(answer))
+}
+
 func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Authenticator) error {
 	if route.Public {
+		if route.Path == healthPath {
+			return route.Serve(w, r, control.Actor{})
+		}
+		leave, err := a.public.enter(from(r))
+		if err != nil {
+			return err
+		}
+		defer leave()
 		return route.Serve(w, r, control.Actor{})
 	}
 	by, err := who(r)
 	if err != nil {
 		return err
 	}
-	return route.Serve(w, r.WithContext(context.WithValue(r.Context(), actorKey{}, *by)), *by)
+	leave, err := a.limits.enter(by.ID)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	r = r.WithContext(context.WithValue(r.Context(), actorKey{}, *by))
+	if key := r.Header.Get("Idempotency-Key"); key != "" && a.answers != nil && r.Method != http.MethodGet {
+		return a.once(w, r, *by, key, route.Serve)
+	}
+	return route.Serve(w, r, *by)
 }
 
 func newRequestID() string {
@@ -140,7 +183,16 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, request string, err e
 			break
 		}
 	}
+	own, isOwn := errors.AsType[*statusError](err)
+	if errors.Is(err, control.ErrTooMany) {
+		own, isOwn = &statusError{http.StatusTooManyRequests, "TooManyRequests", 15 * time.Minute, err}, true
+	}
+	if isOwn && own.after > 0 {
+		w.Header().Set("Retry-After", strconv.Itoa(int((own.after+time.Second-1)/time.Second)))
+	}
 	switch {
+	case isOwn:
+		status, code, text = own.status, own.code, own.Error()
 	case status == http.StatusConflict && conditional:
 		status, code = http.StatusPreconditionFailed, "PreconditionFailed"
 	case status == http.StatusUnauthorized:

@@ -69,7 +69,7 @@ func (a *API) Routes() []Route { return append([]Route{}, a.routes...) }
 
 func (a *API) ownRoutes() []Route {
 	return []Route{
-		{Method: http.MethodGet, Path: "/healthz", Public: true, Serve: health},
+		{Method: http.MethodGet, Path: healthPath, Public: true, Serve: health},
 		{Method: http.MethodGet, Path: "/ringwall/watch", Serve: a.watch},
 		{Method: http.MethodGet, Path: "/ringwall/audit", Serve: a.audit},
 		{Method: http.MethodGet, Path: "/", Serve: a.get},
@@ -78,6 +78,8 @@ func (a *API) ownRoutes() []Route {
 		{Method: http.MethodPost, Path: "/", Serve: a.act},
 	}
 }
+
+const healthPath = "/healthz"
 
 func health(w http.ResponseWriter, _ *http.Request, _ control.Actor) error {
 	_, err := io.WriteString(w, "ok\n")
