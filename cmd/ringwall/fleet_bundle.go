@@ -542,7 +542,7 @@ type bundleView struct {
 	Scope    string      `json:"scope"`
 	hosts.ManifestProperties
 	Bundle *struct{}      `json:"bundle,omitempty"` // not shown
-	Hosts  map[string]int `json:"hosts,omitempty"` // phase → count, of those that it is meant for
+	Hosts  map[string]int `json:"hosts,omitempty"`  // phase → count, of those that it is meant for
 	Meant  int            `json:"meant_for"`
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"database/sql"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -12,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ringwall/internal/errs"
@@ -30,6 +30,7 @@ type Events struct {
 	dialect dialect
 	dir     string // of SQLite
 	main    *sql.DB
+	serial  atomic.Uint64
 
 	mu   sync.Mutex
 	days map[string]*sql.DB // open ones, by day; of PostgreSQL all are main
@@ -180,11 +181,11 @@ func (e *Events) in(ctx context.Context, db *sql.DB, fn func(*sql.Tx) error) err
 	return s.in(ctx, &sql.TxOptions{}, func(tx *Tx) error { return fn(tx.tx) })
 }
 
-// orderedID is a name that sorts by time.
-func orderedID(at time.Time) string {
+// orderedID is a name that sorts by time and, within one process, by order.
+func (e *Events) orderedID(at time.Time) string {
 	var b [8]byte
 	_, _ = rand.Read(b[:]) // never fails, see crypto/rand
-	return fmt.Sprintf("%016x%s", at.UnixMicro(), hex.EncodeToString(b[:]))
+	return fmt.Sprintf("%016x%016x%x", at.UnixMicro(), e.serial.Add(1), b)
 }
 
 // AppendEvents stores a batch: events of one day, how far their hosts are stored
@@ -204,8 +205,8 @@ func (e *Events) AppendEvents(ctx context.Context, at time.Time, all []fleet.Eve
 				v := &rest[i]
 				args = append(args, v.Host, v.Stream, int64(v.Number), v.Received.UnixMicro(), v.At.UnixMicro(), v.What, v.Name, orNull(v.SHA256), v.Path, append([]byte{}, v.Body...)) //nolint:gosec // bounded by the caller
 			}
-			_, err := tx.ExecContext(ctx, "INSERT INTO event_"+day+" (host, stream, number, received_us, at_us, what, name, sha256, path, body) VALUES "+
-				tuples(n, 10, "")+" ON CONFLICT (host, stream, number) DO NOTHING", args...)
+			_, err := tx.ExecContext(ctx, bulk("INSERT INTO event_"+day+" (host, stream, number, received_us, at_us, what, name, sha256, path, body) VALUES ", n, 10, "",
+				" ON CONFLICT (host, stream, number) DO NOTHING"), args...)
 			if err != nil {
 				return err
 			}
@@ -217,7 +218,7 @@ func (e *Events) AppendEvents(ctx context.Context, at time.Time, all []fleet.Eve
 		if len(outbox) == 0 {
 			return nil
 		}
-		_, err := tx.ExecContext(ctx, "INSERT INTO fleet_outbox (id, node, at_us, body) VALUES ($1, $2, $3, $4)", orderedID(at), node, at.UnixMicro(), outbox)
+		_, err := tx.ExecContext(ctx, "INSERT INTO fleet_outbox (id, node, at_us, body) VALUES ($1, $2, $3, $4)", e.orderedID(at), node, at.UnixMicro(), outbox)
 		return err
 	})
 	if err != nil {
@@ -235,9 +236,9 @@ func savePositions(ctx context.Context, tx *sql.Tx, all []fleet.Position) error 
 		for _, p := range rest[:n] {
 			args = append(args, p.Host, p.Lane, p.Stream, int64(p.UpTo)) //nolint:gosec // bounded by the caller
 		}
-		_, err := tx.ExecContext(ctx, "INSERT INTO fleet_position (host, lane, stream, up_to) VALUES "+tuples(n, 4, "")+
+		_, err := tx.ExecContext(ctx, bulk("INSERT INTO fleet_position (host, lane, stream, up_to) VALUES ", n, 4, "",
 			` ON CONFLICT (host, lane) DO UPDATE SET stream = excluded.stream, up_to = excluded.up_to
-			WHERE fleet_position.stream <> excluded.stream OR fleet_position.up_to < excluded.up_to`, args...)
+			WHERE fleet_position.stream <> excluded.stream OR fleet_position.up_to < excluded.up_to`), args...)
 		if err != nil {
 			return err
 		}
@@ -300,26 +301,28 @@ func (e *Events) Undelivered(ctx context.Context, node string, before time.Time,
 		slices.Reverse(dbs)
 	}
 	for _, db := range dbs {
-		rows, err := db.QueryContext(ctx, "SELECT id, body FROM fleet_outbox WHERE node = $1 OR at_us < $2 ORDER BY id LIMIT $3", node, before.UnixMicro(), limit-len(ids))
-		if err != nil {
-			return nil, nil, err
-		}
-		for rows.Next() {
-			var id string
-			var body []byte
-			if err := rows.Scan(&id, &body); err != nil {
-				return nil, nil, errors.Join(err, rows.Close())
-			}
-			ids, bodies = append(ids, id), append(bodies, body)
-		}
-		if err := errors.Join(rows.Err(), rows.Close()); err != nil {
-			return nil, nil, err
-		}
-		if len(ids) >= limit {
-			break
+		if ids, bodies, err = undelivered(ctx, db, node, before, limit, ids, bodies); err != nil || len(ids) >= limit {
+			return ids, bodies, err
 		}
 	}
 	return ids, bodies, nil
+}
+
+func undelivered(ctx context.Context, db *sql.DB, node string, before time.Time, limit int, ids []string, bodies [][]byte) ([]string, [][]byte, error) {
+	rows, err := db.QueryContext(ctx, "SELECT id, body FROM fleet_outbox WHERE node = $1 OR at_us < $2 ORDER BY id LIMIT $3", node, before.UnixMicro(), limit-len(ids))
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var id string
+		var body []byte
+		if err := rows.Scan(&id, &body); err != nil {
+			return nil, nil, err
+		}
+		ids, bodies = append(ids, id), append(bodies, body)
+	}
+	return ids, bodies, rows.Err()
 }
 
 // Delivered forgets a batch that was handed on.
@@ -413,9 +416,9 @@ func (e *Events) RecordSignals(ctx context.Context, all []fleet.Signal) error {
 		n := min(len(rest), rowsAtOnce)
 		args := make([]any, 0, 5*n)
 		for _, s := range rest[:n] {
-			args = append(args, orderedID(s.At), s.At.UnixMicro(), s.Host, s.Name, s.Text)
+			args = append(args, e.orderedID(s.At), s.At.UnixMicro(), s.Host, s.Name, s.Text)
 		}
-		if _, err := e.main.ExecContext(ctx, "INSERT INTO fleet_signal (id, at_us, host, name, text) VALUES "+tuples(n, 5, ""), args...); err != nil {
+		if _, err := e.main.ExecContext(ctx, bulk("INSERT INTO fleet_signal (id, at_us, host, name, text) VALUES ", n, 5, "", ""), args...); err != nil {
 			return fmt.Errorf("store %d signals: %w", len(all), err)
 		}
 		rest = rest[n:]

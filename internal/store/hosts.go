@@ -69,8 +69,8 @@ func (t *Tx) PutGrant(ctx context.Context, g *fleet.Grant) error {
 	if err := t.mayWrite(); err != nil {
 		return err
 	}
-	_, err := t.tx.ExecContext(ctx, `INSERT INTO fleet_host (host, resource, certificate, key, old_key, assigned_us, written_us) VALUES ($1, $2, $3, $4, $5, 0, `+t.clock+`)
-		ON CONFLICT (host) DO UPDATE SET certificate = excluded.certificate, key = excluded.key, old_key = excluded.old_key, written_us = excluded.written_us`, //nolint:gosec // the dialect's own text
+	_, err := t.tx.ExecContext(ctx, bulk("INSERT INTO fleet_host (host, resource, certificate, key, old_key, assigned_us, written_us) VALUES ", 1, 5, ", 0, "+t.clock,
+		" ON CONFLICT (host) DO UPDATE SET certificate = excluded.certificate, key = excluded.key, old_key = excluded.old_key, written_us = excluded.written_us"),
 		g.Host, g.Resource.String(), g.Certificate, g.Key[:], orNull(g.OldKey))
 	return err
 }
@@ -108,9 +108,11 @@ func tuple(from, n int) string {
 	return string(append(b, ')'))
 }
 
-// tuples is n tuples of width parameters each, and a fixed end in each of them.
-func tuples(n, width int, end string) string {
+// bulk is a statement with n tuples of width parameters each between head and
+// tail, and a fixed end in each of them.
+func bulk(head string, n, width int, end, tail string) string {
 	var b strings.Builder
+	b.WriteString(head)
 	for i := range n {
 		if i > 0 {
 			b.WriteByte(',')
@@ -118,6 +120,7 @@ func tuples(n, width int, end string) string {
 		t := tuple(1+i*width, width)
 		b.WriteString(t[:len(t)-1] + end + ")")
 	}
+	b.WriteString(tail)
 	return b.String()
 }
 
@@ -162,9 +165,9 @@ func (s *Store) SavePresence(ctx context.Context, node string, all []fleet.Prese
 			args = append(args, p.Host, node, p.Seen.UnixMicro(), string(report), string(labels))
 		}
 		err := s.in(ctx, &sql.TxOptions{}, func(tx *Tx) error {
-			_, err := tx.tx.ExecContext(ctx, "INSERT INTO fleet_presence (host, node, seen_us, report, labels, written_us) VALUES "+tuples(n, 5, ", "+tx.clock)+
+			_, err := tx.tx.ExecContext(ctx, bulk("INSERT INTO fleet_presence (host, node, seen_us, report, labels, written_us) VALUES ", n, 5, ", "+tx.clock,
 				` ON CONFLICT (host) DO UPDATE SET node = excluded.node, seen_us = excluded.seen_us, report = excluded.report, labels = excluded.labels, written_us = excluded.written_us
-				WHERE excluded.seen_us >= fleet_presence.seen_us`, args...) //nolint:gosec // parameters and the dialect's own text
+				WHERE excluded.seen_us >= fleet_presence.seen_us`), args...)
 			return err
 		})
 		if err != nil {

@@ -67,7 +67,7 @@ func (e *Events) RecordRuns(ctx context.Context, all []fleet.Execution, p fleet.
 				items = append(items, ids[i][:], x.SHA256[:], x.Kind, x.Path, x.Signer, x.At.UnixMicro())
 				seen = append(seen, host, ids[i][:], x.At.UnixMicro(), x.At.Truncate(time.Hour).UnixMicro())
 			}
-			made, err := tx.ExecContext(ctx, "INSERT INTO fleet_item (id, sha256, kind, path, signer, first_us) VALUES "+tuples(n, 6, "")+" ON CONFLICT (id) DO NOTHING", items...)
+			made, err := tx.ExecContext(ctx, bulk("INSERT INTO fleet_item (id, sha256, kind, path, signer, first_us) VALUES ", n, 6, "", " ON CONFLICT (id) DO NOTHING"), items...)
 			if err != nil {
 				return err
 			}
@@ -76,8 +76,8 @@ func (e *Events) RecordRuns(ctx context.Context, all []fleet.Execution, p fleet.
 				return err
 			}
 			fresh += int(count)
-			_, err = tx.ExecContext(ctx, "INSERT INTO fleet_seen (host, item, first_us, last_us) VALUES "+tuples(n, 4, "")+
-				" ON CONFLICT (host, item) DO UPDATE SET last_us = excluded.last_us WHERE fleet_seen.last_us < excluded.last_us", seen...)
+			_, err = tx.ExecContext(ctx, bulk("INSERT INTO fleet_seen (host, item, first_us, last_us) VALUES ", n, 4, "",
+				" ON CONFLICT (host, item) DO UPDATE SET last_us = excluded.last_us WHERE fleet_seen.last_us < excluded.last_us"), seen...)
 			if err != nil {
 				return err
 			}

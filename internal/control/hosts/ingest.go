@@ -255,7 +255,7 @@ func (s *Service) finish(j *job, err error) {
 func (j *job) read(records []*agentpb.Record, first uint64, now time.Time, scope string) {
 	malformed := uint64(0)
 	for i, r := range records {
-		e := fleet.Event{Host: j.pos.Host, Stream: j.pos.Stream, Number: first + uint64(i), Received: now, At: stamp(r.GetAtUs())} //nolint:gosec // i counts from 0
+		e := fleet.Event{Host: j.pos.Host, Stream: j.pos.Stream, Number: first + uint64(i), Received: now, At: stamp(r.GetAtUs())}
 		if proto.Size(r) > maxRecord || !j.record(&e, r, scope) {
 			malformed++
 		}

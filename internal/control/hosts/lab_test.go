@@ -9,7 +9,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -116,7 +115,7 @@ func newLab(t testing.TB, url string, ca *pki.TLSAuthority, change ...func(*host
 	}
 	l := &lab{t: t, door: door, events: events, ca: ca, clock: &clock{}}
 	o := hosts.Options{
-		Door: door, Store: shelf{s}, Events: events, Records: events, Clients: ca, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: l.clock.now,
+		Door: door, Store: shelf{s}, Events: events, Records: events, Clients: ca, Log: slog.New(slog.DiscardHandler), Now: l.clock.now,
 		Blocks: func(_ context.Context, all []incident.Event) error {
 			l.mu.Lock()
 			defer l.mu.Unlock()

@@ -284,13 +284,14 @@ func (s *Service) ServeMissing(w http.ResponseWriter, r *http.Request, by contro
 	if err := s.may(r.Context(), by, fleet.TypeManifest+"/write", q.Scope); err != nil {
 		return err
 	}
+	ctx := r.Context()
 	out := Question{Scope: q.Scope, Chunks: []integrity.Digest{}}
-	err := s.Store.Read(r.Context(), func(tx control.Tx) error {
+	err := s.Store.Read(ctx, func(tx control.Tx) error {
 		chunks, err := of[chunkTx](tx)
 		if err != nil {
 			return err
 		}
-		missing, err := chunks.MissingChunks(r.Context(), q.Chunks)
+		missing, err := chunks.MissingChunks(ctx, q.Chunks)
 		out.Chunks = append(out.Chunks[:0], missing...)
 		return err
 	})
