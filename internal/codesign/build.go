@@ -2,6 +2,7 @@ package codesign
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -110,12 +111,15 @@ func (b *builder) visit(m Member, r io.Reader) error {
 // then all of it, unless nothing will ever ask for the digest.
 func (b *builder) measure(m Member, r io.Reader) (content, error) {
 	first := b.buf[:HeadSize]
-	n, err := io.ReadFull(r, first)
+	if b.options.AllFiles { // all of it will be read: small files at once
+		first = b.buf
+	}
+	n, err := io.ReadAtLeast(r, first, int(min(m.Size, HeadSize)))
 	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return content{}, err
 	}
 	first = first[:n]
-	c := content{looks: sniff(first), mode: m.Mode}
+	c := content{looks: sniff(first[:min(n, HeadSize)]), mode: m.Mode}
 	class := classOf(m.Path, m.Mode, c.looks)
 	if class.Kinds|m.Kinds == 0 && m.Alone && !b.options.AllFiles {
 		return c, nil
@@ -163,7 +167,7 @@ func innerDigest(r io.Reader, want string) (integrity.Digest, error) {
 	if err != nil {
 		return integrity.Digest{}, err
 	}
-	h := NewHasher()
+	h := sha256.New() // what is inside is no file, and has no fs-verity digest
 	_, err = io.Copy(h, d)
 	err = errors.Join(err, d.Close())
 	if err != nil {
@@ -172,8 +176,7 @@ func innerDigest(r io.Reader, want string) (integrity.Digest, error) {
 	if _, err := io.Copy(io.Discard, whole); err != nil {
 		return integrity.Digest{}, err
 	}
-	inner, _ := h.Sums()
-	return inner, nil
+	return integrity.Digest(h.Sum(nil)), nil
 }
 
 // add records a name for content.

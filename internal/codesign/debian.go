@@ -3,6 +3,7 @@ package codesign
 import (
 	"bufio"
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -157,7 +158,7 @@ func ParsePackages(r io.Reader, visit func(Package) error) error {
 // entry; consume sees the bytes before they are known to be good, and must not
 // act on them until VerifyIndex returns nil.
 func VerifyIndex(r io.Reader, want IndexFile, consume func(io.Reader) error) error {
-	h := NewHasher()
+	h := sha256.New()
 	c := &Input{r: io.TeeReader(io.LimitReader(r, want.Size+1), h)}
 	if err := consume(c); err != nil {
 		return fmt.Errorf("verify index: %w", err)
@@ -165,7 +166,7 @@ func VerifyIndex(r io.Reader, want IndexFile, consume func(io.Reader) error) err
 	if _, err := io.Copy(io.Discard, c); err != nil {
 		return fmt.Errorf("verify index: %w", err)
 	}
-	if got, _ := h.Sums(); c.n != want.Size || got != want.Digest {
+	if got := integrity.Digest(h.Sum(nil)); c.n != want.Size || got != want.Digest {
 		return fmt.Errorf("verify index: %d bytes, SHA-256 %v; want %d, %v: %w", c.n, got, want.Size, want.Digest, errs.Untrusted)
 	}
 	return nil

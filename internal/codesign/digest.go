@@ -2,6 +2,7 @@ package codesign
 
 import (
 	"crypto/sha256"
+	"encoding"
 	"encoding/binary"
 	"hash"
 
@@ -16,11 +17,14 @@ const verityBlock = 4096
 // blocks, no salt), as FS_IOC_MEASURE_VERITY gives it. The zero value is not
 // usable; see NewHasher.
 type Hasher struct {
-	flat   hash.Hash
+	flat   hash.Hash // of whole blocks, unless paired
+	paired bool      // both hashes by absorb
+	state  [8]uint32 // of whole blocks, if paired
 	size   uint64
 	levels []verityLevel
 }
 
+// verityLevel is a level of the Merkle tree; the lowest buffers content.
 type verityLevel struct {
 	fill  int
 	count int // digests given to the level above
@@ -29,25 +33,32 @@ type verityLevel struct {
 
 // NewHasher returns an empty Hasher.
 func NewHasher() *Hasher {
-	return &Hasher{flat: sha256.New(), levels: make([]verityLevel, 1, 4)}
+	h := &Hasher{flat: sha256.New(), paired: hasExtensions(), levels: make([]verityLevel, 1, 4)}
+	h.Reset()
+	return h
 }
 
 // Reset makes the Hasher empty again.
 func (h *Hasher) Reset() {
 	h.flat.Reset()
+	h.state = initialState()
 	h.size, h.levels = 0, h.levels[:1]
 	h.levels[0].fill, h.levels[0].count = 0, 0
+}
+
+// initialState is SHA-256's (FIPS 180-4, 5.3.3).
+func initialState() [8]uint32 {
+	return [8]uint32{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}
 }
 
 // Write adds content; it never fails.
 func (h *Hasher) Write(p []byte) (int, error) {
 	n := len(p)
-	h.flat.Write(p)
 	h.size += uint64(n)
 	for len(p) > 0 {
 		l := &h.levels[0]
 		if l.fill == 0 && len(p) >= verityBlock { // straight from the caller's buffer
-			h.up(0, sha256.Sum256(p[:verityBlock]))
+			h.whole(p[:verityBlock])
 			p = p[verityBlock:]
 			continue
 		}
@@ -56,10 +67,48 @@ func (h *Hasher) Write(p []byte) (int, error) {
 		p = p[k:]
 		if l.fill == verityBlock {
 			l.fill = 0
-			h.up(0, sha256.Sum256(l.block[:]))
+			h.whole(l.block[:])
 		}
 	}
 	return n, nil
+}
+
+// whole takes in a block of verityBlock bytes.
+func (h *Hasher) whole(p []byte) {
+	if !h.paired {
+		h.flat.Write(p)
+		h.up(0, sha256.Sum256(p))
+		return
+	}
+	alone := initialState()
+	absorb(&h.state, &alone, p)
+	// the end of a message of one block: a bit, zeros, the length in bits
+	end, none := [64]byte{0: 0x80, 62: verityBlock * 8 >> 8}, [8]uint32{}
+	absorb(&alone, &none, end[:])
+	var d [32]byte
+	for i, w := range alone {
+		binary.BigEndian.PutUint32(d[4*i:], w)
+	}
+	h.up(0, d)
+}
+
+// content returns the SHA-256 of all that was written.
+func (h *Hasher) content() (d integrity.Digest) {
+	if h.paired {
+		// the standard library's own form of a state: it does the end
+		b := append(make([]byte, 0, 108), "sha\x03"...)
+		for _, w := range h.state {
+			b = binary.BigEndian.AppendUint32(b, w)
+		}
+		b = append(b, make([]byte, 64)...)
+		b = binary.BigEndian.AppendUint64(b, h.size-uint64(h.levels[0].fill)) //nolint:gosec // less than a block
+		if err := h.flat.(encoding.BinaryUnmarshaler).UnmarshalBinary(b); err != nil {
+			panic(err) // the form is part of crypto/sha256's promise
+		}
+	}
+	h.flat.Write(h.levels[0].block[:h.levels[0].fill])
+	h.flat.Sum(d[:0])
+	return d
 }
 
 // up hands a block's digest from a level to the one above.
@@ -83,7 +132,7 @@ func (h *Hasher) up(level int, d [32]byte) {
 
 // Sums returns both digests. The Hasher must be Reset before it is used again.
 func (h *Hasher) Sums() (content, verity integrity.Digest) {
-	h.flat.Sum(content[:0])
+	content = h.content()
 	var root [32]byte
 	for i := 0; h.size > 0; i++ {
 		l := &h.levels[i]

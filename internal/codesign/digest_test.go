@@ -1,6 +1,7 @@
 package codesign_test
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"math/rand/v2"
@@ -50,19 +51,70 @@ func TestHasher(t *testing.T) {
 	for i := range data {
 		data[i] = byte(rng.Uint32())
 	}
-	h := codesign.NewHasher()
-	for _, n := range sizes() {
-		h.Reset()
-		for rest := data[:n]; len(rest) > 0; { // in pieces of any size
-			k := min(len(rest), 1+rng.IntN(20_000))
-			_, _ = h.Write(rest[:k])
-			rest = rest[k:]
-		}
-		flat, verity := h.Sums()
-		if flat != sha256.Sum256(data[:n]) || verity != plainVerity(data[:n]) {
-			t.Errorf("size %d", n)
+	for name, h := range hashers(t) {
+		for _, n := range sizes() {
+			h.Reset()
+			for rest := data[:n]; len(rest) > 0; { // in pieces of any size
+				k := min(len(rest), 1+rng.IntN(20_000))
+				_, _ = h.Write(rest[:k])
+				rest = rest[k:]
+			}
+			flat, verity := h.Sums()
+			if flat != sha256.Sum256(data[:n]) || verity != plainVerity(data[:n]) {
+				t.Errorf("%s, size %d", name, n)
+			}
 		}
 	}
+}
+
+// hashers are the ways to compute both digests.
+func hashers(t testing.TB) map[string]*codesign.Hasher {
+	t.Helper()
+	plain := codesign.NewHasher()
+	codesign.Unpair(plain)
+	out := map[string]*codesign.Hasher{"plain": plain}
+	if h := codesign.NewHasher(); codesign.Paired(h) {
+		out["paired"] = h
+	} else {
+		t.Log("WARNING: this processor has no SHA instructions; how they are used is not tested")
+	}
+	return out
+}
+
+// FuzzHasher compares with the standard library, for content that is cut anywhere.
+func FuzzHasher(f *testing.F) {
+	f.Add([]byte("content"), uint16(3), uint16(700))
+	f.Fuzz(func(t *testing.T, b []byte, cut, times uint16) {
+		data := bytes.Repeat(b, min(int(times), 1<<14/max(1, len(b))))
+		at := min(int(cut), len(data))
+		for name, h := range hashers(t) {
+			_, _ = h.Write(data[:at])
+			_, _ = h.Write(data[at:])
+			if flat, verity := h.Sums(); flat != sha256.Sum256(data) || verity != plainVerity(data) {
+				t.Errorf("%s, %d bytes, cut at %d", name, len(data), at)
+			}
+		}
+	})
+}
+
+func BenchmarkHasher(b *testing.B) {
+	data := make([]byte, 1<<20)
+	for name, h := range hashers(b) {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(data)))
+			for b.Loop() {
+				h.Reset()
+				_, _ = h.Write(data)
+				_, _ = h.Sums()
+			}
+		})
+	}
+	b.Run("one SHA-256", func(b *testing.B) {
+		b.SetBytes(int64(len(data)))
+		for b.Loop() {
+			_ = sha256.Sum256(data)
+		}
+	})
 }
 
 func TestHasher_fsverityTool(t *testing.T) {
@@ -89,26 +141,5 @@ func TestHasher_fsverityTool(t *testing.T) {
 		if _, v := h.Sums(); v.String() != strings.TrimSpace(string(out)) {
 			t.Errorf("size %d: %v, fsverity says %s", n, v, out)
 		}
-	}
-}
-
-func benchData() []byte { return make([]byte, 16<<20) }
-
-func BenchmarkHasher(b *testing.B) {
-	data := benchData()
-	b.SetBytes(int64(len(data)))
-	h := codesign.NewHasher()
-	for b.Loop() {
-		h.Reset()
-		_, _ = h.Write(data)
-		h.Sums()
-	}
-}
-
-func BenchmarkPlainSHA256(b *testing.B) {
-	data := benchData()
-	b.SetBytes(int64(len(data)))
-	for b.Loop() {
-		sha256.Sum256(data)
 	}
 }
