@@ -17,7 +17,6 @@ import (
 	"ringwall/internal/artefact"
 	"ringwall/internal/codesign"
 	"ringwall/internal/errs"
-	"ringwall/internal/testkit"
 	"ringwall/internal/integrity"
 )
 
@@ -178,9 +177,6 @@ func TestWalk_unread(t *testing.T) {
 
 // Small on disk, endless when unpacked.
 func TestWalk_bombs(t *testing.T) {
-	if testkit.Race {
-		t.Skip("SKIPPED: runs without the race detector")
-	}
 	zeros := string(make([]byte, 100<<20))
 	layer := file{"0.zip", string(zipOf(t, file{"zeros", zeros, 0o644})), 0o644}
 	for i := range 4 { // 16^4 times 100 MiB
