@@ -62,6 +62,13 @@ func OpenEvents(ctx context.Context, url string) (*Events, error) {
 // openFile opens an SQLite file with the tables of migration 0004.
 func (e *Events) openFile(ctx context.Context, name, what string) (*sql.DB, error) {
 	file := filepath.Join(e.dir, name)
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_RDWR, 0o600) // SQLite's files beside it get its mode
+	if err == nil {
+		err = f.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
 	db, err := sql.Open(e.dialect.driver, strings.Replace(sqliteName(file), "synchronous%28FULL%29", "synchronous%28NORMAL%29", 1))
 	if err != nil {
 		return nil, err
@@ -71,9 +78,6 @@ func (e *Events) openFile(ctx context.Context, name, what string) (*sql.DB, erro
 	if err == nil {
 		tables := strings.NewReplacer("CREATE TABLE ", "CREATE TABLE IF NOT EXISTS ", "CREATE INDEX ", "CREATE INDEX IF NOT EXISTS ").Replace(e.dialect.types.Replace(string(text)))
 		_, err = db.ExecContext(ctx, tables)
-	}
-	if err == nil {
-		err = os.Chmod(file, 0o600)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s of %s: %w", name, what, err), db.Close())
