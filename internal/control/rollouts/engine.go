@@ -69,16 +69,24 @@ func New(o Options) *Engine {
 func (e *Engine) Run(ctx context.Context, f control.Fence) error {
 	r := &run{Engine: e, fence: f, door: e.Door.Under(f), store: f.Store(e.Store), state: map[string]*watched{}}
 	for {
+		r.moved = false
 		if err := r.round(ctx); err != nil && ctx.Err() == nil {
 			e.Log.WarnContext(ctx, "rollouts_round_failed", slog.Any("error", err))
+		}
+		pause := e.Round
+		if r.moved {
+			pause = min(pause, soon) // what follows from it
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(e.Round):
+		case <-time.After(pause):
 		}
 	}
 }
+
+// soon is the pause after a round in which something happened.
+const soon = 50 * time.Millisecond
 
 // run is one holding of the lease. What it keeps in memory is either read from
 // the store or can be lost.
@@ -91,6 +99,7 @@ type run struct {
 	revision uint64 // of the tree, when the documents were read
 	docs     []entry
 	state    map[string]*watched // by key of the rollout
+	moved    bool                // a write in this round
 	signals  []fleet.Signal      // newer than heard
 	heard    time.Time
 }
@@ -115,8 +124,9 @@ func (r *run) round(ctx context.Context) error {
 	}
 	failed := []error{r.listen(ctx)}
 	live := map[string]bool{}
-	for i := range r.docs {
-		x := &r.docs[i]
+	docs := r.docs // a write forgets them
+	for i := range docs {
+		x := &docs[i]
 		if x.at(rollout.Draft) || x.r.Status.Over {
 			continue
 		}
@@ -333,6 +343,7 @@ func (r *run) write(ctx context.Context, x *entry, change func(control.Tx, *Stat
 // settled forgets what was read after a write: the next round reads it anew.
 // That somebody else wrote meanwhile is no failure.
 func (r *run) settled(err error) error {
+	r.moved = r.moved || err == nil
 	r.revision, r.docs = 0, nil
 	return err
 }
@@ -382,6 +393,7 @@ func (r *run) admit(ctx context.Context, x *entry, w *watched, hosts []string, n
 	if err != nil {
 		return r.settled(err)
 	}
+	r.moved = true
 	for i := range admitted {
 		w.hosts[admitted[i].Host] = &admitted[i]
 	}
