@@ -130,6 +130,7 @@ type lab struct {
 	stop    func()
 	program string // where the agent's own program lies
 	usrLib  string // of Python, in place of /usr/lib
+	options func(*Options)
 }
 
 func newLab(t *testing.T) *lab {
@@ -241,7 +242,11 @@ func (l *lab) start() {
 }
 
 func (l *lab) tryStart() error {
-	a, err := New(Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib, Program: l.program})
+	o := Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib, Program: l.program}
+	if l.options != nil {
+		l.options(&o)
+	}
+	a, err := New(o)
 	if err != nil {
 		return err
 	}

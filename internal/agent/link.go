@@ -50,18 +50,18 @@ const (
 
 // joined is a host's membership in a fleet. It is replaced, never changed.
 type joined struct {
-	Server       string            `json:"server"`
-	CA           string            `json:"ca"` // PEM: the only ones that may vouch for the server
-	Name         string            `json:"name"`
-	Labels       map[string]string `json:"labels,omitempty"`
-	Host         string            `json:"host,omitempty"`     // id that the server gave; "" before it answered
-	Resource     string            `json:"resource,omitempty"` // place in the tree
-	Key          string            `json:"key"`                // PEM, made here
-	Certificates string            `json:"certificates,omitempty"`
-	Renew        int64             `json:"renew_us,omitempty"`
-	Revision     uint64            `json:"revision,omitempty"` // of the last directives
-	Isolated     bool              `json:"isolated,omitempty"`
-	Addresses    []string          `json:"addresses,omitempty"` // of the server, where it last answered
+	Server       string   `json:"server"`
+	CA           string   `json:"ca"` // PEM: the only ones that may vouch for the server
+	Name         string   `json:"name"`
+	Labels       []string `json:"labels,omitempty"`   // KEY=VALUE
+	Host         string   `json:"host,omitempty"`     // id that the server gave; "" before it answered
+	Resource     string   `json:"resource,omitempty"` // place in the tree
+	Key          string   `json:"key"`                // PEM, made here
+	Certificates string   `json:"certificates,omitempty"`
+	Renew        int64    `json:"renew_us,omitempty"`
+	Revision     uint64   `json:"revision,omitempty"` // of the last directives
+	Isolated     bool     `json:"isolated,omitempty"`
+	Addresses    []string `json:"addresses,omitempty"` // of the server, where it last answered
 }
 
 // LinkStatus is how this host's membership in a fleet stands.

@@ -61,14 +61,15 @@ func (l *link) sampleLoop(ctx context.Context) {
 	tick := time.NewTicker(l.a.opts.pace.sampleTick)
 	defer tick.Stop()
 	for {
-		j, _, _ := l.now()
-		if j != nil && j.Host != "" {
+		if j, _, _ := l.now(); j != nil && j.Host != "" {
 			l.lookAtFailed(ctx)
-			l.sample("/proc")
 			l.isolate(ctx)
 		}
 		select {
 		case <-tick.C:
+			if j, _, _ := l.now(); j != nil && j.Host != "" {
+				l.sample("/proc")
+			}
 		case <-ctx.Done():
 			l.others.Wait()
 			return

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -61,7 +62,7 @@ func (q *JoinRequest) check() error {
 		return fmt.Errorf("%d labels, at most %d: %w", len(q.Labels), maxLabels, errs.Invalid)
 	}
 	for k, v := range q.Labels {
-		if k == "" || len(k) > maxLabel || len(v) > maxLabel || strings.ContainsFunc(k+v, func(r rune) bool { return r < ' ' || r > '~' }) {
+		if k == "" || len(k) > maxLabel || len(v) > maxLabel || strings.Contains(k, "=") || strings.ContainsFunc(k+v, func(r rune) bool { return r < ' ' || r > '~' }) {
 			return fmt.Errorf("label %.80q: want up to %d characters of ASCII: %w", k+"="+v, maxLabel, errs.Invalid)
 		}
 	}
@@ -71,7 +72,7 @@ func (q *JoinRequest) check() error {
 }
 
 // ownLabels are what this machine says of itself; those that were given come first.
-func ownLabels(given map[string]string) map[string]string {
+func ownLabels(given []string) map[string]string {
 	out := map[string]string{"arch": runtime.GOARCH}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
@@ -87,7 +88,10 @@ func ownLabels(given map[string]string) map[string]string {
 			out["image"] = clip(strings.TrimSuffix(f["ID"]+"-"+f["VERSION_ID"], "-"), maxLabel)
 		}
 	}
-	maps.Copy(out, given)
+	for _, x := range given {
+		k, v, _ := strings.Cut(x, "=")
+		out[k] = v
+	}
 	return out
 }
 
@@ -134,6 +138,10 @@ func (s *State) enrol(ctx context.Context, l *link, q JoinRequest, now time.Time
 	if err := q.check(); err != nil {
 		return nil, err
 	}
+	var labels []string
+	for _, k := range slices.Sorted(maps.Keys(q.Labels)) {
+		labels = append(labels, k+"="+q.Labels[k])
+	}
 	j, err := s.readLink()
 	switch {
 	case err == nil && j.Server != q.Server:
@@ -141,9 +149,9 @@ func (s *State) enrol(ctx context.Context, l *link, q JoinRequest, now time.Time
 	case err == nil && j.Host != "" && !j.expired(now):
 		return j, nil
 	case err == nil && j.Host == "":
-		j.CA, j.Name, j.Labels = q.CA, q.Name, q.Labels // the same key asks again
+		j.CA, j.Name, j.Labels = q.CA, q.Name, labels // the same key asks again
 	default: // never joined, expired, or damaged
-		j = &joined{Server: q.Server, CA: q.CA, Name: q.Name, Labels: q.Labels}
+		j = &joined{Server: q.Server, CA: q.CA, Name: q.Name, Labels: labels}
 		if j.Key, _, err = newCSR(q.Name); err != nil {
 			return nil, err
 		}

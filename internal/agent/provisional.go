@@ -331,6 +331,7 @@ func (a *Agent) back(ctx context.Context, why string) error {
 
 // judge looks after a trial until ctx ends. It does not need the server.
 func (a *Agent) judge(ctx context.Context) {
+	a.recallBefore()
 	tick := time.NewTicker(a.opts.pace.trialTick)
 	defer tick.Stop()
 	for {
@@ -403,6 +404,30 @@ func (a *Agent) answered(began time.Time) {
 	if a.trial != nil && began.After(a.trial.began) {
 		a.trial.answered = true
 	}
+}
+
+// recallBefore has an agent that has just started compare with the policy before
+// as the last one did.
+func (a *Agent) recallBefore() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.loaded == nil || !a.loaded.own || a.trial != nil {
+		return
+	}
+	left := a.opts.pace.bake - a.opts.Now().Sub(time.UnixMicro(a.loaded.given.Since))
+	if left <= 0 || left > a.opts.pace.bake {
+		return
+	}
+	raw, err := readFile(a.state.path(filePrevious), maxBundle)
+	if err != nil {
+		return // there was none
+	}
+	before, err := a.state.load(raw, a.compileOptions(), nil)
+	if err != nil {
+		a.log.Warn("the policy before cannot be compared with", slog.Any("error", err))
+		return
+	}
+	a.pipe.compareWith(before, left)
 }
 
 // resume does what a crash in the middle of a trial leaves to do, once the

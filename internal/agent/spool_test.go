@@ -40,6 +40,7 @@ func numbers(t *testing.T, s *spool) (first uint64, out []int64) {
 // Whatever a killed agent leaves of the last write, the next one goes on with
 // every record that was whole, in order, under the same number.
 func TestSpool_killedAtEveryByte(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s := openLane(t, dir, spoolBlocks)
 	for i := 1; i <= 3; i++ {
@@ -74,6 +75,7 @@ func TestSpool_killedAtEveryByte(t *testing.T) {
 }
 
 func TestSpool_manyFilesAndAcks(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s := openLane(t, dir, spoolBlocks)
 	big := strings.Repeat("x", 30<<10)
@@ -119,6 +121,7 @@ func TestSpool_manyFilesAndAcks(t *testing.T) {
 }
 
 func TestSpool_full(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	one := int64(len(frame([]byte("x")))) // at least
 	s := openLane(t, dir, 40*one)
@@ -147,6 +150,7 @@ func TestSpool_full(t *testing.T) {
 }
 
 func TestSpool_damage(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s := openLane(t, dir, spoolBlocks)
 	for i := range 60 {
