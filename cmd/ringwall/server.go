@@ -20,7 +20,6 @@ import (
 
 	"ringwall/internal/errs"
 	"ringwall/internal/host"
-	"ringwall/internal/httpapi"
 	"ringwall/internal/pki"
 )
 
@@ -79,27 +78,14 @@ func (o *serverOptions) url() string {
 	return "sqlite:" + o.data
 }
 
-func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
-	if err := os.MkdirAll(o.data, 0o700); err != nil {
-		return err
-	}
-	release, err := lockData(o.data, false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, release()) }()
-	log := slog.New(slog.NewTextHandler(e.stderr, nil))
-	parts, err := openServer(ctx, o.url(), log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, parts.store.Close()) }()
-	door := parts.door
+// assemble opens everything that a server is made of, in the data directory.
+// The parts are closed by whoever calls, also after an error.
+func (o *serverOptions) assemble(ctx context.Context, e *env, p *serverParts) error {
 	certificates, err := openServerTLS(filepath.Join(o.data, "tls"), append([]string{"localhost", "127.0.0.1", "::1"}, o.names...), e.now)
 	if err != nil {
 		return err
 	}
-	token, err := door.Bootstrap(ctx)
+	token, err := p.door.Bootstrap(ctx)
 	if err != nil {
 		return err
 	}
@@ -114,18 +100,40 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := parts.addAudit(&o.audit, o.data, o.names); err != nil {
+	p.tls = serverTLSConfig(certificates, clients)
+	if err := p.addAudit(&o.audit, o.data, o.names); err != nil {
 		return err
 	}
-	if err := parts.addIncidents(o.notify, e.now); err != nil {
+	if err := p.addIncidents(o.notify, e.now); err != nil {
 		return err
 	}
-	closeEvents, err := parts.addHosts(ctx, o.url(), o.data, clients, e.now)
+	closeEvents, err := p.addHosts(ctx, o.url(), o.data, clients, e.now)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeEvents()) }()
-	parts.addRollouts(o.probes, e.now)
+	p.closers = append(p.closers, closeEvents)
+	p.addRollouts(o.probes, e.now)
+	return p.addSignOn(o.data, clients, e.now)
+}
+
+func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
+	if err := os.MkdirAll(o.data, 0o700); err != nil {
+		return err
+	}
+	release, err := lockData(o.data, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	log := slog.New(slog.NewTextHandler(e.stderr, nil))
+	parts, err := openServer(ctx, o.url(), log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, parts.close()) }()
+	if err := o.assemble(ctx, e, parts); err != nil {
+		return err
+	}
 	if err := parts.addMetrics(ctx, o.metrics, e.notef); err != nil {
 		return err
 	}
@@ -138,15 +146,11 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err != nil {
 		return err
 	}
-	options, err := parts.httpOptions(o.data, base, clients, e.now)
-	if err != nil {
-		return err
-	}
 	srv := &http.Server{
-		Handler: parts.metrics.handler(httpapi.New(door, log, e.now, options...)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		Handler: parts.metrics.handler(parts.api(base, e.now)), ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 2 * time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
-		TLSConfig:   serverTLSConfig(certificates, clients),
+		TLSConfig:   parts.tls,
 	}
 	defer parts.start(ctx)() // before the database is closed
 	e.notef("serving on https://%s", l.Addr())

@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 
 	"ringwall/internal/control"
@@ -30,8 +33,12 @@ type serverParts struct {
 	rollouts  *rollouts.Engine
 	attester  hosts.Attester // nil: hosts are not attested
 
-	routes []httpapi.Route
-	loops  []func(ctx context.Context)
+	tls  *tls.Config
+	keys httpapi.SigningKeys // of the built-in issuer
+
+	closers []func() error // of what is open beside the store
+	routes  []httpapi.Route
+	loops   []func(ctx context.Context)
 }
 
 func newServerParts(s *store.Store, log *slog.Logger) *serverParts {
@@ -48,6 +55,14 @@ func newServerParts(s *store.Store, log *slog.Logger) *serverParts {
 			Owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), rand.Text()),
 		},
 	}
+}
+
+// close closes what is open, the last first.
+func (p *serverParts) close() (err error) {
+	for _, c := range slices.Backward(p.closers) {
+		err = errors.Join(err, c())
+	}
+	return errors.Join(err, p.store.Close())
 }
 
 // loop adds what runs in every replica until ctx ends.

@@ -22,12 +22,12 @@ import (
 	"ringwall/internal/pki"
 )
 
-// httpOptions adds the built-in issuer, the issuers elsewhere and certificates of
-// services, and mounts the routes of every part: it comes last.
-func (p *serverParts) httpOptions(data, base string, clients *pki.TLSAuthority, now func() time.Time) ([]httpapi.Option, error) {
-	keys := &issuerKeys{dir: filepath.Join(data, "issuer"), now: now}
-	if _, err := keys.Signing(); err != nil {
-		return nil, fmt.Errorf("key of the built-in issuer: %w", err)
+// addSignOn adds the built-in issuer, the issuers elsewhere, certificates of
+// services, and questions about who may what.
+func (p *serverParts) addSignOn(data string, clients *pki.TLSAuthority, now func() time.Time) error {
+	p.keys = &issuerKeys{dir: filepath.Join(data, "issuer"), now: now}
+	if _, err := p.keys.Signing(); err != nil {
+		return fmt.Errorf("key of the built-in issuer: %w", err)
 	}
 	p.routes = append(p.routes, httpapi.AccessRoutes(p.door, clients, now)...)
 	p.lead("certificates", func(ctx context.Context, f control.Fence) error {
@@ -42,11 +42,15 @@ func (p *serverParts) httpOptions(data, base string, clients *pki.TLSAuthority, 
 			}
 		}
 	})
-	return []httpapi.Option{
-		httpapi.WithSignOn(httpapi.SignOn{Memory: control.NewSignOn(p.door), Keys: keys, Base: base}),
+	return nil
+}
+
+// api is the HTTP of every part; base is the server's own URL.
+func (p *serverParts) api(base string, now func() time.Time) *httpapi.API {
+	return httpapi.New(p.door, p.log, now,
+		httpapi.WithSignOn(httpapi.SignOn{Memory: control.NewSignOn(p.door), Keys: p.keys, Base: base}),
 		httpapi.Remember(control.NewAnswers(p.door)),
-		httpapi.Mount(p.routes...),
-	}, nil
+		httpapi.Mount(p.routes...))
 }
 
 // baseURL is the server's URL for people: as --url says, else of the first

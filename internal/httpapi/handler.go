@@ -59,9 +59,10 @@ type API struct {
 	mux    *http.ServeMux
 	people *people // nil: tokens of OpenID Connect are not taken
 	limits *limiter
-	// public limits those who are not authenticated, by address.
-	public  *limiter
-	answers Answers // nil: Idempotency-Key is not taken
+	// public limits those who are not authenticated, by address; joining those who
+	// are not yet anybody, such as hosts that enrol.
+	public, joining *limiter
+	answers         Answers // nil: Idempotency-Key is not taken
 }
 
 // New returns the handler of everything. Nothing but what Route calls public is
@@ -70,6 +71,7 @@ func New(d Door, log *slog.Logger, now func() time.Time, options ...Option) *API
 	a := &API{
 		door: d, log: log, now: now, mux: http.NewServeMux(),
 		limits: newLimiter(defaultLimits(), now), public: newLimiter(Limits{PerSecond: 10, Burst: 100, Open: 64}, now),
+		joining: newLimiter(Limits{PerSecond: 1000, Burst: 10_000, Open: 1024}, now),
 	}
 	a.routes = a.ownRoutes()
 	for _, o := range options {
@@ -140,7 +142,7 @@ func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Au
 	if err != nil {
 		return err
 	}
-	leave, err := a.limits.enter(by.ID)
+	leave, err := a.enter(r, by)
 	if err != nil {
 		return err
 	}
@@ -150,6 +152,14 @@ func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Au
 		return a.once(w, r, *by, key, route.Serve)
 	}
 	return route.Serve(w, r, *by)
+}
+
+// enter counts a request of somebody who is authenticated.
+func (a *API) enter(r *http.Request, by *control.Actor) (leave func(), err error) {
+	if by.ID == "" {
+		return a.joining.enter(from(r))
+	}
+	return a.limits.enter(by.ID)
 }
 
 func newRequestID() string {
