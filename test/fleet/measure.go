@@ -21,8 +21,10 @@ import (
 	"ringwall/internal/api"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
+	"ringwall/internal/control/rollouts"
 	"ringwall/internal/fleet"
 	"ringwall/internal/resource"
+	"ringwall/internal/rollout"
 	"ringwall/test/fleet/sim"
 )
 
@@ -272,6 +274,9 @@ func (m *measurement) publish(ctx context.Context) error {
 		m.say("%s: a policy of %d bytes is in force on all hosts", what, len(next.chunks[0]))
 		m.result("approval → 50 % and 99 % of hosts", fmt.Sprintf("%.1f s, %.1f s", times[len(times)/2].Sub(at).Seconds(), times[len(times)*99/100].Sub(at).Seconds()), "goal: p99 < 10 s for up to 4 KiB")
 		m.result("server CPU", fmt.Sprintf("%.1f s", (after.CPU-before.CPU).Seconds()), "goal: < 3 s at 10,000")
+		if err := m.done(ctx, strings.ReplaceAll(what, " ", "-")); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -288,6 +293,15 @@ func (m *measurement) rollout(ctx context.Context, name string, next, back *sign
 		return err
 	}
 	return m.approve(ctx, id)
+}
+
+// done waits until a rollout is.
+func (m *measurement) done(ctx context.Context, name string) error {
+	var r rollouts.Rollout
+	return m.until(ctx, 2*time.Minute, func() bool {
+		err := m.s.Document(ctx, group+"/providers/"+fleet.TypeRollout+"/"+name, &r)
+		return err == nil && r.Status != nil && r.Status.Phase == rollout.Done
+	})
 }
 
 func (m *measurement) ingest(ctx context.Context) error {
