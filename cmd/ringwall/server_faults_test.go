@@ -132,6 +132,21 @@ func (l *ledgerOfWrites) write(ctx context.Context, c *api.Client, round string,
 	return &wg
 }
 
+// grow waits until some more writes were acknowledged.
+func (l *ledgerOfWrites) grow(t *testing.T) {
+	t.Helper()
+	count := func() int {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.acked)
+	}
+	for before, end := count(), time.Now().Add(10*time.Second); count() < before+5; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing is acknowledged")
+		}
+	}
+}
+
 func newLedger() *ledgerOfWrites { return &ledgerOfWrites{acked: map[string]string{}} }
 
 // whole checks what must hold after any fault: every write that was acknowledged
@@ -267,7 +282,8 @@ func TestFaults_killed(t *testing.T) {
 		for round := range 4 {
 			ctx, stop := context.WithCancel(t.Context())
 			writers := l.write(ctx, p.client(token), strconv.Itoa(round), false)
-			time.Sleep(time.Duration(50+mathrand.IntN(250)) * time.Millisecond)
+			l.grow(t)
+			time.Sleep(time.Duration(mathrand.IntN(250)) * time.Millisecond)
 			p.kill()
 			writers.Wait()
 			stop()
@@ -290,14 +306,14 @@ func TestFaults_database(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	writers := l.write(ctx, c, "x", true)
 	for range 2 {
-		time.Sleep(200 * time.Millisecond)
+		l.grow(t)
 		pg.Stop()
 		if err := l.put(ctx, c, testSub+"/resourceGroups/none", "none"); err == nil {
 			t.Error("acknowledged without a database")
 		}
 		pg.Start()
 	}
-	time.Sleep(200 * time.Millisecond)
+	l.grow(t)
 	stop()
 	writers.Wait()
 	l.whole(t, c, p.data)
@@ -325,7 +341,7 @@ func TestFaults_diskFull(t *testing.T) {
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		writers := l.write(ctx, c, strconv.Itoa(l.tries), true)
-		time.Sleep(100 * time.Millisecond)
+		l.grow(t)
 		for _, err = f.Write(make([]byte, 64<<10)); err == nil; _, err = f.Write(make([]byte, 4<<10)) {
 		}
 		if !errors.Is(err, syscall.ENOSPC) {
@@ -345,7 +361,7 @@ func TestFaults_diskFull(t *testing.T) {
 		if err := os.Remove(ballast); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(100 * time.Millisecond)
+		l.grow(t)
 		stop()
 		writers.Wait()
 		if refused < 10 {

@@ -64,3 +64,6 @@ func Migrations() ([]int, error) {
 	}
 	return out, err
 }
+
+// SetClock gives the process another clock.
+func (s *Store) SetClock(now func() time.Time) { s.now = now }

@@ -25,6 +25,7 @@ type Store struct {
 	db      *sql.DB
 	dialect dialect
 	file    string // of SQLite
+	now     func() time.Time
 }
 
 // Open opens the database of a URL and brings its schema up to date:
@@ -57,7 +58,7 @@ func open(ctx context.Context, url string) (*Store, error) {
 }
 
 func connect(url string) (*Store, error) {
-	s := &Store{}
+	s := &Store{now: time.Now}
 	var err error
 	if dir, ok := strings.CutPrefix(url, "sqlite:"); ok {
 		s.dialect, s.file = onSQLite(), filepath.Join(dir, "control.db")
@@ -164,7 +165,7 @@ func (s *Store) once(ctx context.Context, o *sql.TxOptions, fn func(*Tx) error) 
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // after a commit it does nothing
-	if err := fn(&Tx{tx: tx, now: time.Now().UTC().Truncate(time.Microsecond), clock: s.dialect.clock, readOnly: o.ReadOnly}); err != nil {
+	if err := fn(&Tx{tx: tx, now: s.now().UTC().Truncate(time.Microsecond), clock: s.dialect.clock, readOnly: o.ReadOnly}); err != nil {
 		return err
 	}
 	return tx.Commit()
