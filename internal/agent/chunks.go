@@ -162,28 +162,32 @@ func (s *State) obtainAll(ctx context.Context, m *codesign.Manifest, fetch fetch
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
+	return policy, s.obtainItems(ctx, m.Index, fetch)
+}
+
+func (s *State) obtainItems(ctx context.Context, index []integrity.Digest, fetch fetcher) error {
 	n := 0
-	for _, d := range m.Index {
+	for _, d := range index {
 		part, err := s.obtain(ctx, d, codesign.MaxIndexPart, fetch)
 		if err != nil {
-			return nil, fmt.Errorf("list: %w", err)
+			return fmt.Errorf("list: %w", err)
 		}
 		items, err := codesign.ReadIndex(part)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if n += len(items); n > maxItems {
-			return nil, fmt.Errorf("list: more than %d releases and supplements: %w", maxItems, errs.Invalid)
+			return fmt.Errorf("list: more than %d releases and supplements: %w", maxItems, errs.Invalid)
 		}
 		for i := range items {
 			for d, limit := range itemChunks(&items[i]) {
 				if err := s.ensure(ctx, d, limit, fetch); err != nil {
-					return nil, err
+					return err
 				}
 			}
 		}
 	}
-	return policy, nil
+	return nil
 }
 
 // ensure is obtain for content that need not be read: its signature covers it, and
@@ -207,6 +211,36 @@ func itemChunks(it *codesign.Item) map[integrity.Digest]int64 {
 		out[*it.Release.Names] = maxCatalogue
 	}
 	return out
+}
+
+// sound removes what a manifest names and the disk damaged, so that it is fetched
+// again, and says whether there was anything.
+func (s *State) sound(b *bundle) bool {
+	good := true
+	check := func(d integrity.Digest) {
+		name := s.path(dirChunks, d.String())
+		if got, err := hashFile(name); err != nil || got != d {
+			good = false
+			_ = os.RemoveAll(name) // what cannot be removed cannot be fetched either, and that is told
+		}
+	}
+	for _, d := range b.Index {
+		check(d)
+		part, err := s.chunk(d, codesign.MaxIndexPart)
+		if err != nil {
+			continue // the rest is looked at once it is there again
+		}
+		items, err := codesign.ReadIndex(part)
+		if err != nil {
+			continue
+		}
+		for i := range items {
+			for d := range itemChunks(&items[i]) {
+				check(d)
+			}
+		}
+	}
+	return good
 }
 
 // collect removes content that neither the confirmed manifest, the one before

@@ -24,7 +24,9 @@ import (
 // damage notes what is not as it should be. It shows in the status, as a
 // problem, and raises an alert.
 func (s *State) noteDamage(format string, args ...any) {
-	s.damage = append(s.damage, fmt.Sprintf(format, args...))
+	if text := fmt.Sprintf(format, args...); !slices.Contains(s.damage, text) {
+		s.damage = append(s.damage, text)
+	}
 }
 
 // readAnchor reads the anchor, or its copy if it is damaged.

@@ -94,6 +94,7 @@ type link struct {
 	joined   *joined    // nil: in no fleet
 	conn     *conn
 	turn     chan struct{} // closed when what is above changes
+	alive    chan struct{} // the server answers again
 	release  context.CancelFunc
 	blocks   *spool // nil: no room for one
 	inv      *spool
@@ -109,7 +110,8 @@ type link struct {
 	problem    string
 	attesting  bool
 	renewNext  time.Time
-	units      []string // failed ones, the last time that somebody looked
+	mended     time.Time // of the wait loop alone
+	units      []string  // failed ones, the last time that somebody looked
 	unitsKnown bool
 	starts     uint32         // of the agent, since the boot
 	table      tableDigest    // under a.mu
@@ -128,7 +130,7 @@ type conn struct {
 }
 
 func newLink(a *Agent) *link {
-	l := &link{a: a, turn: make(chan struct{})}
+	l := &link{a: a, turn: make(chan struct{}), alive: make(chan struct{}, 1)}
 	j, err := a.state.readLink()
 	switch {
 	case err == nil:
@@ -406,6 +408,7 @@ func (l *link) waitLoop(ctx context.Context) {
 		pause, err := l.once(ctx, j, c)
 		switch {
 		case err == nil:
+			l.mend(ctx, c)
 			fails = 0
 		case errors.Is(err, errStirred):
 			continue
@@ -449,6 +452,12 @@ func (l *link) backoff(fails int) time.Duration {
 func (l *link) note(ctx context.Context, err error) {
 	l.mu.Lock()
 	first := err != nil && l.failure == nil
+	if err == nil && l.failure != nil {
+		select {
+		case l.alive <- struct{}{}: // records need not wait for their own next try
+		default:
+		}
+	}
 	l.failure = err
 	if err == nil {
 		l.answered = l.a.opts.Now()
@@ -492,8 +501,8 @@ func (l *link) once(ctx context.Context, j *joined, c *conn) (pause time.Duratio
 		return 0, fmt.Errorf("wait: %w", err)
 	}
 	l.a.answered(began)
+	l.note(ctx, nil)
 	l.mu.Lock()
-	l.answered, l.failure = l.a.opts.Now(), nil
 	l.hint = min(max(time.Duration(resp.Msg.GetWaitUs())*time.Microsecond, 0), maxBackoff)
 	pause = l.hint
 	l.mu.Unlock()
@@ -562,6 +571,39 @@ func (l *link) tidy(ctx context.Context) {
 	if err != nil {
 		l.a.log.WarnContext(ctx, "remove content that no manifest names", slog.Any("error", err))
 	}
+}
+
+// mend fetches again what came by the manifest in force and was damaged on this
+// host's disk, and authorises it again.
+func (l *link) mend(ctx context.Context, c *conn) {
+	a := l.a
+	a.mu.Lock()
+	in := a.loaded
+	broken := in != nil && slices.ContainsFunc(in.skipped, func(s Skipped) bool { return s.given })
+	a.mu.Unlock()
+	if !broken || time.Since(l.mended) < a.opts.pace.backoffMax {
+		return
+	}
+	l.mended = time.Now()
+	if a.state.sound(in.given) {
+		return // another reason: its own signature, or the policy's
+	}
+	err := a.state.obtainItems(ctx, in.given.Index, l.fetch(c))
+	if err == nil && !a.state.sound(in.given) { // of a list that came just now
+		err = a.state.obtainItems(ctx, in.given.Index, l.fetch(c))
+	}
+	if err == nil {
+		a.mu.Lock()
+		if a.loaded == in {
+			err = a.recompile(ctx)
+		}
+		a.mu.Unlock()
+	}
+	if err != nil {
+		a.log.WarnContext(ctx, "fetch again what was damaged", slog.Any("error", err))
+		return
+	}
+	a.pipe.notice(noticeState, "content of the manifest in force was damaged on the disk and was fetched again")
 }
 
 // renew gets the next certificate, for a new key, when it is time.

@@ -47,8 +47,13 @@ func (l *link) rest(ctx context.Context, turn <-chan struct{}, pause time.Durati
 	if failed || pause > 0 {
 		t := time.NewTimer(pause)
 		defer t.Stop()
+		alive := l.alive
+		if !failed {
+			alive = nil
+		}
 		select {
 		case <-t.C:
+		case <-alive:
 		case <-ctx.Done():
 		}
 		return

@@ -408,6 +408,46 @@ func TestChunks_spoiled(t *testing.T) {
 	}
 }
 
+// Whatever of the fleet's files is damaged, the host enforces what it confirmed,
+// and puts right what the server can give it again.
+func TestFleetFiles_damaged(t *testing.T) {
+	t.Parallel()
+	l, f := inFleet(t)
+	rel := l.release("#!/bin/sh\n# rel\n")
+	for e := 6; e <= 7; e++ {
+		m := l.manifest(f, l.policy(e, "enforce", allowTool), uint64(e), []ReleaseRequest{rel}, nil)
+		f.assign(m)
+		f.untilPhase(agentpb.State_PHASE_CONFIRMED, m)
+	}
+	l.stop()
+	catalogue := filepath.Join(dirChunks, integrity.Digest(sha256.Sum256(rel.Catalogue)).String())
+	for _, file := range []string{fileBundle, fileBundleCopy, fileBundlePrev, fileTrial, fileOutcome, fileLink, "spool/blocks/stream", catalogue} {
+		for kind, do := range map[string]func(string) error{
+			"cut": func(n string) error { return os.WriteFile(n, []byte("{"), 0o600) },
+			"directory": func(n string) error {
+				return errors.Join(os.RemoveAll(n), os.MkdirAll(filepath.Join(n, "full"), 0o700))
+			},
+		} {
+			t.Run(file[:min(len(file), 20)]+" "+kind, func(t *testing.T) {
+				c := l.again(t)
+				c.options = l.options
+				if err := do(filepath.Join(c.state(), file)); err != nil {
+					t.Fatal(err)
+				}
+				c.start()
+				if s := c.status(); s.State != StateEnforcing || s.Policy.Epoch != 7 || !c.kernel.protected {
+					t.Errorf("state %s, epoch %d", s.State, s.Policy.Epoch)
+				}
+				for end := time.Now().Add(5 * time.Second); !c.allows("#!/bin/sh\n# rel\n"); time.Sleep(5 * time.Millisecond) {
+					if time.Now().After(end) {
+						t.Fatal("the manifest's release is not authorised")
+					}
+				}
+			})
+		}
+	}
+}
+
 // The server is away: everything waits on the disk, over a restart too, and comes
 // in order when it is back. Blocks are with the server in less than a second.
 func TestSpool_serverAway(t *testing.T) {
