@@ -1,14 +1,18 @@
 package hosts_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -19,10 +23,12 @@ import (
 	"connectrpc.com/connect"
 
 	"ringwall/internal/agentpb"
+	"ringwall/internal/codesign"
 	"ringwall/internal/control"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/fleet"
 	"ringwall/internal/incident"
+	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
 	"ringwall/internal/resource"
 	"ringwall/internal/store"
@@ -78,6 +84,7 @@ type lab struct {
 	t      testing.TB
 	door   *control.Door
 	svc    *hosts.Service
+	store  *store.Store
 	events *store.Events
 	clock  *clock
 	ca     *pki.TLSAuthority // of clients
@@ -113,7 +120,7 @@ func newLab(t testing.TB, url string, ca *pki.TLSAuthority, change ...func(*host
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &lab{t: t, door: door, events: events, ca: ca, clock: &clock{}}
+	l := &lab{t: t, door: door, store: s, events: events, ca: ca, clock: &clock{}}
 	o := hosts.Options{
 		Door: door, Store: shelf{s}, Events: events, Records: events, Clients: ca, Log: slog.New(slog.DiscardHandler), Now: l.clock.now,
 		Blocks: func(_ context.Context, all []incident.Event) error {
@@ -126,7 +133,7 @@ func newLab(t testing.TB, url string, ca *pki.TLSAuthority, change ...func(*host
 	for _, c := range change {
 		c(&o)
 	}
-	for _, where := range []string{sub, group} {
+	for _, where := range []string{sub, group, sub + "/resourceGroups/db"} {
 		_, err := door.Put(ctx, root(), resource.Document{ID: id(where), Properties: json.RawMessage(`{}`)}, resource.When{}, false)
 		if err != nil {
 			t.Fatal(err)
@@ -145,6 +152,19 @@ func newLab(t testing.TB, url string, ca *pki.TLSAuthority, change ...func(*host
 	mux := http.NewServeMux()
 	mux.Handle(l.svc.AgentHandler())
 	mux.Handle(l.svc.EnrolHandler())
+	for pattern, serve := range map[string]func(http.ResponseWriter, *http.Request, control.Actor) error{
+		"PUT /chunks/{sha256}": l.svc.ServeChunk, "POST /chunks": l.svc.ServeMissing, "GET /hosts": l.svc.ServeHosts, "GET /events": l.svc.ServeEvents, "GET /inventory": l.svc.ServeInventory,
+	} {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			by := root()
+			if who := r.Header.Get("X-Who"); who != "" {
+				by = control.Actor{ID: who, Name: who}
+			}
+			if err := serve(w, r, by); err != nil {
+				http.Error(w, err.Error(), http.StatusTeapot)
+			}
+		})
+	}
 	l.server = httptest.NewUnstartedServer(mux)
 	l.server.EnableHTTP2 = true
 	pool := x509.NewCertPool()
@@ -274,4 +294,87 @@ func eventually(t testing.TB, what string, ok func() bool) {
 		}
 	}
 	t.Fatalf("not within 10 seconds: %s", what)
+}
+
+// do calls what people call, as somebody; "" is the administrator.
+func (l *lab) do(who, method, path string, body []byte) (int, string) {
+	l.t.Helper()
+	req, err := http.NewRequestWithContext(l.t.Context(), method, l.server.URL+path, bytes.NewReader(body))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	req.Header.Set("X-Who", who)
+	resp, err := l.httpClient(nil).Do(req)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+func (l *lab) push(data []byte) integrity.Digest {
+	l.t.Helper()
+	d := integrity.Digest(sha256.Sum256(data))
+	if code, text := l.do("", http.MethodPut, "/chunks/"+d.String()+"?scope="+group, data); code != http.StatusNoContent {
+		l.t.Fatalf("%d %s", code, text)
+	}
+	return d
+}
+
+// manifest makes one with all that belongs to it and returns its digest.
+func (l *lab) manifest(epoch uint64, scope string) integrity.Digest {
+	l.t.Helper()
+	a, err := pki.CreateAuthority(l.t.TempDir(), pki.AuthorityOptions{Name: "Fleet", Now: time.Now})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	signer, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposePolicy, Identity: "spiffe://fleet.example/policy", Now: time.Now()})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	now := time.Now().UTC().Truncate(time.Second)
+	b, err := codesign.SignManifest(signer, codesign.Manifest{
+		Scope: scope, Epoch: epoch, NotBefore: now, NotAfter: now.Add(time.Hour), Policy: l.push([]byte(fmt.Sprintf("policy %d", epoch))),
+	})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	m, err := codesign.UnverifiedManifest(b)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	at, err := hosts.ManifestID(m)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]any{"bundle": b})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if _, err := l.door.Put(l.t.Context(), root(), resource.Document{ID: at, Properties: body}, resource.When{}, false); err != nil {
+		l.t.Fatal(err)
+	}
+	return m.Digest
+}
+
+func (l *lab) seenBlocks() []incident.Event {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]incident.Event{}, l.blocks...)
+}
+
+func (l *lab) signalled(name string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := 0
+	for _, s := range l.signals {
+		if s.Name == name {
+			n++
+		}
+	}
+	return n
 }
