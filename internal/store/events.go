@@ -181,7 +181,7 @@ func (e *Events) list(ctx context.Context) ([]string, error) {
 
 // in runs fn in a transaction, again when the database asks for it.
 func (e *Events) in(ctx context.Context, db *sql.DB, fn func(*sql.Tx) error) error {
-	s := &Store{db: db, dialect: e.dialect}
+	s := &Store{db: db, dialect: e.dialect, now: time.Now}
 	return s.in(ctx, &sql.TxOptions{}, func(tx *Tx) error { return fn(tx.tx) })
 }
 
