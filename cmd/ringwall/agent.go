@@ -11,6 +11,7 @@ import (
 
 	"ringwall/internal/agent"
 	"ringwall/internal/errs"
+	"ringwall/internal/host"
 )
 
 // hostDirs are the directories that the commands of a host share.
@@ -59,6 +60,7 @@ vouches for it. ` + "`ringwall status`" + ` says how far that is.`,
 			if early {
 				return a.Early(c.Context())
 			}
+			a.Prove(c.Context(), &agent.Attester{Prover: host.NewProver("")})
 			if err := a.Run(c.Context()); err != nil || !a.Upgraded() {
 				return err
 			}

@@ -14,6 +14,8 @@ import (
 	mathrand "math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -158,13 +160,16 @@ func (a *Attester) record() error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	policy, mode := a.Integrity()
-	if bytes.Equal(a.text, attest.PolicyRecordText(policy, mode, a.count)) {
-		return nil
-	}
 	path := a.Record
 	if path == "" {
 		path = attest.PolicyRecordPath
+	}
+	if a.count == 0 {
+		a.count = recorded(path) // by an agent before this one, since the host started
+	}
+	policy, mode := a.Integrity()
+	if bytes.Equal(a.text, attest.PolicyRecordText(policy, mode, a.count)) {
+		return nil
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // nothing in it is secret
 		return fmt.Errorf("record the integrity policy: %w", err)
@@ -175,6 +180,18 @@ func (a *Attester) record() error {
 	}
 	a.text, a.count = text, a.count+1
 	return nil
+}
+
+// recorded is the count of a record that is there; 0 for none.
+func recorded(path string) int {
+	const most = 1 << 10
+	b, err := os.ReadFile(path)
+	_, tail, found := bytes.Cut(b, []byte("\ncount "))
+	n, err2 := strconv.Atoi(strings.TrimSpace(string(tail)))
+	if err != nil || !found || err2 != nil || len(b) > most || n < 0 {
+		return 0
+	}
+	return n
 }
 
 // integrityNow is what an Attester records: zeros and audit where no policy is in

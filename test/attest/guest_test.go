@@ -430,7 +430,7 @@ func (g *guest) refused(what string, want ...attest.Reason) {
 	if err := g.service.Attested(g.t.Context(), name, nil, time.Hour); !errors.Is(err, errs.Denied) {
 		g.t.Errorf("%s: still attested: %v", what, err)
 	}
-	g.must(g.service.Release(g.t.Context(), root(), name, "the next part of the test"))
+	g.must(g.give(attestation.OrderReadmit))
 }
 
 func (g *guest) off() {

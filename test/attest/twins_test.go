@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"ringwall/internal/attest"
+	"ringwall/internal/control/attestation"
 	"ringwall/internal/host"
 	"ringwall/internal/pki"
 )
@@ -33,10 +34,15 @@ func (b *bench) direct(took func(string)) {
 	took("kernel handed over")
 }
 
+// give gives an order about the machine, as a person does.
+func (b *bench) give(order string) error {
+	return b.service.Give(b.t.Context(), root(), order, name, attestation.OrderBody{Reason: "the next part of the test"})
+}
+
 // reboots orders one.
 func (b *bench) reboots() {
 	b.t.Helper()
-	b.must(b.service.Announce(b.t.Context(), root(), name, "test"))
+	b.must(b.give(attestation.OrderAnnounce))
 }
 
 // again resets the machine's TPM and extends it by software with everything that
@@ -99,7 +105,7 @@ func (b *bench) again(log, list []byte, good attest.Evidence) {
 		b.t.Errorf("reset and extended again: %s, want %s\n%s", r.Reasons, attest.ReasonReset, explain(r))
 	}
 	b.t.Logf("reset and extended again: refused for %s", r.Reasons)
-	b.must(b.service.Release(b.t.Context(), root(), name, "the next part of the test"))
+	b.must(b.give(attestation.OrderReadmit))
 }
 
 // entries are the template data of an IMA list's entries (ima-ng and the like).

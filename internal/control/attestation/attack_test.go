@@ -176,7 +176,7 @@ func TestAttack_evidence(t *testing.T) {
 		if s := l.state(name); s != attestation.StateQuarantined {
 			t.Errorf("%d, %s: it is %s", i, a.name, s)
 		}
-		if err := l.service.Release(t.Context(), root(), name, "next attack"); err != nil {
+		if err := l.order(root(), attestation.OrderReadmit, name, "next attack"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -334,7 +334,6 @@ func TestAttack_listAhead(t *testing.T) {
 // Software that resets the TPM can extend it with a good log; the quote verifies.
 func TestAttack_reset(t *testing.T) {
 	l, m := ready(t)
-	ctx := t.Context()
 	l.accepted("web-1", m)
 	again := func() {
 		m.reset()
@@ -342,11 +341,11 @@ func TestAttack_reset(t *testing.T) {
 	}
 	again()
 	l.refused("web-1", m, attest.ReasonReset)
-	if err := l.service.Release(ctx, root(), "web-1", "explained"); err != nil {
+	if err := l.order(root(), attestation.OrderReadmit, "web-1", "explained"); err != nil {
 		t.Fatal(err)
 	}
 	l.accepted("web-1", m)
-	if err := l.service.Announce(ctx, root(), "web-1", "reboot"); err != nil {
+	if err := l.order(root(), attestation.OrderAnnounce, "web-1", "reboot"); err != nil {
 		t.Fatal(err)
 	}
 	again()
@@ -431,7 +430,7 @@ func TestAttack_enrolment(t *testing.T) {
 		t.Errorf("%d records of enrolments and refusals", n)
 	}
 	// replacing it is an order
-	if err := l.service.Replace(ctx, root(), "web-1", "new main board"); err != nil {
+	if err := l.order(root(), attestation.OrderReplace, "web-1", "new main board"); err != nil {
 		t.Fatal(err)
 	}
 	l.accepted("web-1", other)
@@ -456,10 +455,10 @@ func TestEnrolment_byPeople(t *testing.T) {
 	if s := l.state("web-1"); s != attestation.StatePending {
 		t.Errorf("it is %s", s)
 	}
-	if err := l.service.Approve(ctx, root(), "web-1", "another", "on the phone"); !errors.Is(err, errs.Conflict) {
+	if err := l.service.Give(ctx, root(), attestation.OrderApprove, "web-1", attestation.OrderBody{Reason: "on the phone", TPM: "another"}); !errors.Is(err, errs.Conflict) {
 		t.Errorf("another TPM was approved: %v", err)
 	}
-	if err := l.service.Approve(ctx, root(), "web-1", m.tpmID(), "read out on the phone"); err != nil {
+	if err := l.service.Give(ctx, root(), attestation.OrderApprove, "web-1", attestation.OrderBody{Reason: "read out on the phone", TPM: m.tpmID()}); err != nil {
 		t.Fatal(err)
 	}
 	l.clock.pass(2 * time.Hour)

@@ -2,7 +2,6 @@ package attestation
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -199,95 +198,4 @@ func hostID(host string) resource.ID {
 		return resource.ID{} // a name that is none: at the root, where few may act
 	}
 	return id
-}
-
-// act changes one host's record by a person's order.
-func (s *Service) act(ctx context.Context, by control.Actor, verb, host, reason string, change func(*attest.HostRecord) error) error {
-	if s.Door == nil {
-		return fmt.Errorf("%s host %s: nobody can be asked who may: %w", verb, host, errs.Unsupported)
-	}
-	if reason == "" || len(reason) > maxReason {
-		return fmt.Errorf("%s host %s: a reason of 1 to %d bytes is wanted: %w", verb, host, maxReason, errs.Invalid)
-	}
-	return s.Door.Act(ctx, by, TypeHost, verb+"/action", hostID(host), func(tx control.Tx, r *audit.Record) error {
-		return with(tx, func(own Tx) error {
-			rec, err := own.AttestationHost(ctx, host)
-			if err != nil {
-				return err
-			}
-			detail, err := json.Marshal(map[string]any{"reason": reason, "tpm": rec.TPM, "was": rec.Standing, "why": rec.Why})
-			if err != nil {
-				return err
-			}
-			r.Detail = string(detail)
-			if err := change(rec); err != nil {
-				return err
-			}
-			return own.PutAttestation(ctx, rec)
-		})
-	})
-}
-
-const maxReason = 1000
-
-// Release ends a quarantine, for a reason that is recorded. The host is trusted
-// again with its next round, which has to explain everything from the start of
-// the boot. Resets of its TPM up to the last round are taken as explained; those
-// after it are not.
-func (s *Service) Release(ctx context.Context, by control.Actor, host, reason string) error {
-	err := s.act(ctx, by, "release", host, reason, func(r *attest.HostRecord) error {
-		if r.Standing != attest.StandingQuarantined {
-			return fmt.Errorf("it is %s: %w", r.Standing, errs.Conflict)
-		}
-		r.Standing, r.Why, r.LastGood, r.LastSeen = attest.StandingTrusted, "", time.Time{}, s.Now().UTC()
-		r.State, r.BootLog, r.Passed = nil, nil, nil
-		if r.Clock != nil {
-			r.State = &attest.State{Clock: *r.Clock}
-		}
-		return nil
-	})
-	if err == nil && s.Hooks.Released != nil {
-		s.Hooks.Released(host, by.Name, reason)
-	}
-	return err
-}
-
-// Quarantine refuses a host by a person's order.
-func (s *Service) Quarantine(ctx context.Context, by control.Actor, host, reason string) error {
-	return s.act(ctx, by, "quarantine", host, reason, func(r *attest.HostRecord) error {
-		r.Standing, r.Why = attest.StandingQuarantined, "by "+by.Name+": "+reason
-		return nil
-	})
-}
-
-// Approve lets a TPM enrol that nobody else vouches for. tpm is the one that
-// the person looked at: another one is errs.Conflict.
-func (s *Service) Approve(ctx context.Context, by control.Actor, host string, tpm attest.HostID, reason string) error {
-	return s.act(ctx, by, "approve", host, reason, func(r *attest.HostRecord) error {
-		if r.Standing != attest.StandingPending || r.TPM != tpm {
-			return fmt.Errorf("%s with TPM %s: %w", r.Standing, r.TPM, errs.Conflict)
-		}
-		r.Approved = true
-		return nil
-	})
-}
-
-// Replace forgets a host's TPM, so that it can enrol with another one: after a
-// repair of its board.
-func (s *Service) Replace(ctx context.Context, by control.Actor, host, reason string) error {
-	return s.act(ctx, by, "replace", host, reason, func(r *attest.HostRecord) error {
-		// the name stays taken, by a TPM that there is none of
-		*r = attest.HostRecord{Host: host, TPM: replacedTPM(host), Standing: attest.StandingPending, Why: "its TPM is to be replaced", Version: r.Version}
-		return nil
-	})
-}
-
-func replacedTPM(host string) attest.HostID { return attest.HostID("none of " + host) }
-
-// Announce says that a reboot was ordered: one TPM reset more is then expected.
-func (s *Service) Announce(ctx context.Context, by control.Actor, host, reason string) error {
-	return s.act(ctx, by, "announce", host, reason, func(r *attest.HostRecord) error {
-		r.Announced = true
-		return nil
-	})
 }

@@ -514,3 +514,7 @@ func wantReason(t testing.TB, what string, err error, want attest.Reason) {
 		t.Errorf("%s: %v, want %s", what, err, want)
 	}
 }
+
+func (l *lab) order(by control.Actor, order, name, reason string) error {
+	return l.service.Give(l.t.Context(), by, order, name, attestation.OrderBody{Reason: reason})
+}

@@ -68,7 +68,7 @@ func TestHost_rounds(t *testing.T) {
 	l.restart()
 	l.accepted("web-1", m)
 	// an ordered reboot
-	if err := l.service.Announce(t.Context(), root(), "web-1", "kernel update"); err != nil {
+	if err := l.order(root(), attestation.OrderAnnounce, "web-1", "kernel update"); err != nil {
 		t.Fatal(err)
 	}
 	m.reset()
@@ -135,18 +135,18 @@ func TestQuarantine(t *testing.T) {
 		t.Errorf("it is %s", s)
 	}
 	for what, err := range map[string]error{
-		"without a right":  l.service.Release(ctx, control.Actor{ID: "bob", Name: "bob"}, "web-1", "it is fine"),
-		"without a reason": l.service.Release(ctx, root(), "web-1", ""),
-		"another host":     l.service.Release(ctx, root(), "web-9", "it is fine"),
+		"without a right":  l.order(control.Actor{ID: "bob", Name: "bob"}, attestation.OrderReadmit, "web-1", "it is fine"),
+		"without a reason": l.order(root(), attestation.OrderReadmit, "web-1", ""),
+		"another host":     l.order(root(), attestation.OrderReadmit, "web-9", "it is fine"),
 	} {
 		if err == nil {
 			t.Errorf("released %s", what)
 		}
 	}
-	if err := l.service.Release(ctx, root(), "web-1", "an installer, now in a catalogue"); err != nil {
+	if err := l.order(root(), attestation.OrderReadmit, "web-1", "an installer, now in a catalogue"); err != nil {
 		t.Fatal(err)
 	}
-	if got := l.audited("release"); len(got) == 0 || len(l.released) != 1 || got[len(got)-1].Actor != "admin" || !bytes.Contains([]byte(got[len(got)-1].Detail), []byte("installer")) {
+	if got := l.audited("readmit"); len(got) == 0 || len(l.released) != 1 || got[len(got)-1].Actor != "admin" || !bytes.Contains([]byte(got[len(got)-1].Detail), []byte("installer")) {
 		t.Errorf("%+v %v", got, l.released)
 	}
 	if err := l.service.Attested(ctx, "web-1", nil, time.Hour); !errors.Is(err, errs.Denied) {
@@ -156,7 +156,7 @@ func TestQuarantine(t *testing.T) {
 	if err := l.service.Attested(ctx, "web-1", nil, 0); err != nil {
 		t.Error(err)
 	}
-	if err := l.service.Quarantine(ctx, root(), "web-1", "suspected"); err != nil || l.state("web-1") != attestation.StateQuarantined {
+	if err := l.order(root(), attestation.OrderQuarantine, "web-1", "suspected"); err != nil || l.state("web-1") != attestation.StateQuarantined {
 		t.Errorf("by order: %v, %s", err, l.state("web-1"))
 	}
 }
