@@ -193,7 +193,8 @@ func runTrial(ctx context.Context, e *env) error {
 		t.failed(what, err)
 	}
 	t.send(csv.RunLine{End: true})
-	return errors.Join(err, t.err)
+	// Should the host not have heard the end. The disk is thrown away.
+	return errors.Join(err, t.err, unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
 }
 
 func (t *trial) steps(ctx context.Context) (what string, err error) {

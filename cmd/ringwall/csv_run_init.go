@@ -278,7 +278,7 @@ func writeGuestUnit() error {
 	// Type=exec: the job ends at once, so the system counts as started meanwhile.
 	// OOMPolicy: the end of a process of the candidate's is not the trial's.
 	unit := "[Unit]\nDescription=Trial of a candidate\nAfter=multi-user.target\n" +
-		"[Service]\nType=exec\nExecStart=" + guestBinary + " csv guest --trial\nExecStopPost=/bin/systemctl --no-block poweroff -ff\n" +
+		"[Service]\nType=exec\nExecStart=" + guestBinary + " csv guest --trial\n" +
 		"KillMode=process\nOOMPolicy=continue\nTasksMax=infinity\nLimitMEMLOCK=infinity\n"
 	for _, e := range guestEnv() {
 		unit += "Environment=" + e + "\n"
@@ -309,8 +309,12 @@ func openReport() *reporter {
 		ports, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
 		for _, p := range ports {
 			if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == hypervisor.ReportPort {
-				f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(p)), os.O_WRONLY, 0)
-				return &reporter{f: f, err: err}
+				// not os.OpenFile, which would not wait until the host has what is written
+				fd, err := unix.Open("/dev/"+filepath.Base(filepath.Dir(p)), unix.O_WRONLY|unix.O_CLOEXEC, 0)
+				if err != nil {
+					return &reporter{err: fmt.Errorf("report port: %w", err)}
+				}
+				return &reporter{f: os.NewFile(uintptr(fd), p)}
 			}
 		}
 		pause(20 * time.Millisecond)

@@ -60,11 +60,20 @@ func (l *lab) sign(s codesign.Source, info codesign.ReleaseInfo) *csv.SignedRele
 // policy is a policy that trusts the lab's authority and has these rules.
 func (l *lab) policy(name string, epoch int, mode, rules string) *integrity.Policy {
 	l.t.Helper()
+	doc := l.document(name, epoch, mode, rules)
+	p, err := integrity.ParsePolicy([]byte(doc))
+	if err != nil {
+		l.t.Fatalf("%v\n%s", err, doc)
+	}
+	return p
+}
+
+func (l *lab) document(name string, epoch int, mode, rules string) string {
 	cert := func(pem []byte) string {
 		return strings.ReplaceAll(strings.TrimSpace(string(pem)), "\n", "\n        ")
 	}
 	roots := l.a.Roots(pki.PurposeBuild)
-	doc := fmt.Sprintf(`version: 1
+	return fmt.Sprintf(`version: 1
 name: %s
 epoch: %d
 mode: %s
@@ -80,11 +89,6 @@ trust:
         %s
 %s
 `, name, epoch, mode, cert(pki.EncodeCertificate(roots.CAs[0].Cert)), cert(pki.EncodeCertificate(roots.TSAs[0].Cert)), rules)
-	p, err := integrity.ParsePolicy([]byte(doc))
-	if err != nil {
-		l.t.Fatalf("%v\n%s", err, doc)
-	}
-	return p
 }
 
 const allowFleet = `allow:

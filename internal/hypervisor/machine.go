@@ -127,10 +127,10 @@ func (m *Machine) args(kvm bool) []string {
 // comma quotes a value in the emulator's comma-separated options.
 func comma(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
-// Run starts the machine, hands what the guest writes to its report port to
-// report, and returns when the machine has ended. When report returns an error,
-// the machine is stopped, and that is the error. The error of a machine that ran
-// to its end is nil, whatever the guest did.
+// Run starts the machine and hands what the guest writes to its report port to
+// report, which sees the end of it when the machine ends. When report returns
+// before, the machine is stopped; its error is Run's. A machine that ended is no
+// error, whatever the guest did.
 func (m *Machine) Run(ctx context.Context, report func(io.Reader) error) (Result, error) {
 	r, err := m.run(ctx, report)
 	if err != nil {
@@ -182,30 +182,35 @@ func (m *Machine) run(ctx context.Context, report func(io.Reader) error) (Result
 	var reading sync.WaitGroup
 	reading.Go(func() { _, _ = io.Copy(messages, console) })
 	lines := &bounded{r: out, left: MaxReport}
-	reportErr := report(lines)
-	if reportErr == nil {
-		_, reportErr = io.Copy(io.Discard, lines) // until the machine ends
-	}
-	if reportErr != nil {
-		stop(reportErr)
+	switch err := report(lines); {
+	case err != nil:
+		stop(err)
+	case !lines.ended:
+		stop(errEnough)
 	}
 	waitErr := c.Wait()
 	_ = console.SetReadDeadline(time.Now().Add(time.Second))
 	reading.Wait()
 	r.Total, r.Console = time.Since(started), messages.String()
-	switch {
-	case context.Cause(ctx) != nil:
-		return r, context.Cause(ctx)
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errEnough):
+		return r, nil
+	case cause != nil:
+		return r, cause
 	case waitErr != nil:
 		return r, fmt.Errorf("%s: %w: %s", program, waitErr, strings.TrimSpace(said.String()))
 	}
 	return r, nil
 }
 
+// errEnough stops a machine whose report is complete.
+var errEnough = errors.New("the report is complete")
+
 // bounded reads at most so many bytes; more is an error, not an end.
 type bounded struct {
-	r    io.Reader
-	left int64
+	r     io.Reader
+	left  int64
+	ended bool
 }
 
 func (b *bounded) Read(p []byte) (int, error) {
@@ -216,6 +221,7 @@ func (b *bounded) Read(p []byte) (int, error) {
 	if errors.Is(err, os.ErrClosed) {
 		err = io.EOF
 	}
+	b.ended = b.ended || errors.Is(err, io.EOF)
 	return n, err
 }
 

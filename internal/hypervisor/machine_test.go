@@ -66,6 +66,19 @@ func TestMachine_Run(t *testing.T) {
 	}
 }
 
+// A machine that goes on after its report is not waited for.
+func TestMachine_Run_enough(t *testing.T) {
+	emulator(t, "echo all; exec sleep 600")
+	began := time.Now()
+	_, err := (&hypervisor.Machine{}).Run(t.Context(), func(in io.Reader) error {
+		_, err := io.ReadFull(in, make([]byte, 4))
+		return err
+	})
+	if took := time.Since(began); err != nil || took > 20*time.Second {
+		t.Errorf("%v, after %v", err, took)
+	}
+}
+
 func TestMachine_Run_refuses(t *testing.T) {
 	read := func(in io.Reader) error { _, err := io.Copy(io.Discard, in); return err }
 	broken := errors.New("this report is no report")
