@@ -56,6 +56,9 @@ type Kind struct {
 	// Check validates a new or changed document beyond its envelope; old is nil
 	// for a new one. The error is errs.Invalid, errs.Conflict or errs.Denied.
 	Check func(ctx context.Context, tx Tx, old, d *resource.Document) error
+	// Keep refuses the deletion of a document that is needed as it is; the error
+	// is errs.Conflict. nil: every one may go.
+	Keep func(d *resource.Document) error
 	// Actions are what else can be done to such a document, by name.
 	Actions map[string]Action
 	// Needs are actions that whoever writes or deletes such a document must also
@@ -91,6 +94,15 @@ func New(s Store, kinds ...Kind) (*Door, error) {
 		d.kinds[key] = &k
 	}
 	return d, nil
+}
+
+// Kinds lists the registered types, by name.
+func (d *Door) Kinds() []Kind {
+	var out []Kind
+	for _, name := range slices.Sorted(maps.Keys(d.kinds)) {
+		out = append(out, *d.kinds[name])
+	}
+	return out
 }
 
 // Put creates or changes a document. With dryRun everything is checked and
@@ -249,6 +261,11 @@ func (d *Door) Delete(ctx context.Context, by Actor, id resource.ID, when resour
 		old, err := tx.Delete(ctx, id, by.Name, when)
 		if err != nil {
 			return err
+		}
+		if kind.Keep != nil {
+			if err := kind.Keep(old); err != nil {
+				return err
+			}
 		}
 		r.Detail, err = kind.detail(old, nil)
 		return err

@@ -17,7 +17,7 @@ import (
 // Kinds are the types of documents of this package. now is the server's clock.
 func Kinds(now func() time.Time) []control.Kind {
 	return []control.Kind{
-		{Type: fleet.TypeRollout, Check: checkRollout, Actions: map[string]control.Action{
+		{Type: fleet.TypeRollout, Check: checkRollout, Keep: keepRollout, Actions: map[string]control.Action{
 			"start":    act(now, start),
 			"approve":  act(now, approve),
 			"pause":    act(now, pause),
@@ -56,6 +56,19 @@ func checkRollout(_ context.Context, _ control.Tx, old, d *resource.Document) er
 	}
 	r.Status = status
 	return r.store(d)
+}
+
+// keepRollout keeps what the engine still goes by: without it hosts would stay
+// with what they have, and no way back would be known.
+func keepRollout(d *resource.Document) error {
+	r, err := parse(d)
+	if err != nil {
+		return nil //nolint:nilerr // the engine cannot read it either
+	}
+	if s := r.Status; !s.Over && s.Phase != rollout.Draft && s.Phase != rollout.Proposed {
+		return fmt.Errorf("the rollout is %s and still says what its hosts get: %w", s.Phase, errs.Conflict)
+	}
+	return nil
 }
 
 // request is the body of an action; not every action reads all of it.

@@ -85,10 +85,10 @@ func (h *Halt) zone() (*time.Location, error) {
 // freeze says whether it is one, or stops everything as long as it is there.
 func (h *Halt) freeze() bool { return !h.From.IsZero() || len(h.Weekly) > 0 }
 
-// holds says whether nothing may go on at a time. What cannot be evaluated
+// Holds says whether nothing may go on at a time. What cannot be evaluated
 // here, such as a time zone that this machine does not have, holds: it fails
 // closed.
-func (h *Halt) holds(now time.Time) bool {
+func (h *Halt) Holds(now time.Time) bool {
 	switch {
 	case now.Before(h.From), !h.Until.IsZero() && !now.Before(h.Until):
 		return false
@@ -165,7 +165,7 @@ func stopsAt(ctx context.Context, tx control.Tx, scope resource.ID, now time.Tim
 		switch {
 		case err != nil:
 			out.halt = fmt.Sprintf("halt %s cannot be read: %v", d.ID.Name(), err)
-		case !h.holds(now):
+		case !h.Holds(now):
 		case h.freeze():
 			out.freeze = fmt.Sprintf("%s (%s, by %s)", h.Reason, d.ID.Name(), d.System.ModifiedBy)
 		default:

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -274,7 +275,8 @@ type world struct {
 	fence  control.Fence
 	round  func(context.Context) error
 
-	fault func() error
+	fault  func() error
+	mayAsk func(*url.URL) bool
 
 	mu    sync.Mutex
 	clock time.Time
@@ -334,6 +336,7 @@ func (w *world) restart() {
 	w.engine = rollouts.New(rollouts.Options{
 		Door: w.door, Store: w.shelf(), Fleet: w.fleet, Content: w.content, Inventory: w.inventory,
 		Log: slog.New(slog.DiscardHandler), Now: w.now,
+		MayAsk: w.mayAsk,
 	})
 	n, err := w.store.AcquireLease(context.Background(), rollouts.Lease, fmt.Sprint("p", time.Now().UnixNano()), time.Nanosecond)
 	if err != nil {
