@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"ringwall/internal/audit"
@@ -126,22 +127,57 @@ func (c *content) Chunk(_ context.Context, d integrity.Digest, _ int) ([]byte, e
 	return b, nil
 }
 
+func (c *content) add(chunk []byte) integrity.Digest {
+	d := integrity.Digest(sha256.Sum256(chunk))
+	c.chunks[d] = chunk
+	return d
+}
+
+// release uploads a release of one program, and returns it and the program's digest.
+func (c *content) release(t testing.TB, k *keys, version, program string) (codesign.Item, integrity.Digest) {
+	t.Helper()
+	b, err := codesign.Build(codesign.DirSource(fstest.MapFS{"usr/bin/edge": {Data: []byte(program), Mode: 0o755}}), codesign.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := k.NewSigner(pki.LeafRequest{Purpose: pki.PurposeBuild, Identity: "https://ci.example/build", Now: noon()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	record, err := codesign.SignRelease(s, codesign.ReleaseInfo{
+		Product: "edge", Version: version, Epoch: 1, NotAfter: noon().Add(1000 * time.Hour),
+		Artefacts: []codesign.Artefact{{Name: "edge.tar", Digest: integrity.Digest{1}}},
+	}, b.Catalogue, b.Names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := c.add(b.Names)
+	return codesign.Item{Release: &codesign.ReleaseItem{Record: c.add(record), Catalogue: c.add(b.Catalogue), Names: &names}}, sha256.Sum256([]byte(program))
+}
+
 // put uploads a manifest of a policy with these lines, and returns its digest.
-func (c *content) put(t testing.TB, k *keys, epoch uint64, undoes integrity.Digest, lines string) integrity.Digest {
+func (c *content) put(t testing.TB, k *keys, epoch uint64, undoes integrity.Digest, lines string, items ...codesign.Item) integrity.Digest {
 	t.Helper()
 	pem := func(b []byte) string {
 		return "      " + strings.ReplaceAll(strings.TrimSpace(string(b)), "\n", "\n      ")
 	}
 	yaml := fmt.Sprintf("version: 1\nname: base\nepoch: %d\nmode: enforce\ntrust:\n  authorities:\n  - name: ops\n    signs: [policy]\n    certificate: |\n%s\n"+
-		"  timestamps:\n  - name: clock\n    certificate: |\n%s\n%s", epoch, pem(pki.EncodeCertificate(k.Issuers[pki.PurposePolicy].Cert)), pem(pki.EncodeCertificate(k.TSA.Cert)), lines)
+		"  - name: builds\n    signs: [build]\n    certificate: |\n%s\n  timestamps:\n  - name: clock\n    certificate: |\n%s\n%s", epoch, pem(pki.EncodeCertificate(k.Issuers[pki.PurposePolicy].Cert)), pem(pki.EncodeCertificate(k.Issuers[pki.PurposeBuild].Cert)), pem(pki.EncodeCertificate(k.TSA.Cert)), lines)
 	policy, err := codesign.SignPolicy(k.signer, []byte(yaml))
 	if err != nil {
 		t.Fatal(err)
 	}
-	digest := integrity.Digest(sha256.Sum256(policy))
-	c.chunks[digest] = policy
+	digest := c.add(policy)
+	parts, err := codesign.WriteIndex(items)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var index []integrity.Digest
+	for _, p := range parts {
+		index = append(index, c.add(p))
+	}
 	b, err := codesign.SignManifest(k.signer, codesign.Manifest{
-		Scope: sub, Epoch: epoch, NotBefore: noon().Add(-time.Hour), NotAfter: noon().Add(1000 * time.Hour), Policy: digest, Undoes: undoes,
+		Scope: sub, Epoch: epoch, NotBefore: noon().Add(-time.Hour), NotAfter: noon().Add(1000 * time.Hour), Policy: digest, Index: index, Undoes: undoes,
 	})
 	if err != nil {
 		t.Fatal(err)
