@@ -61,6 +61,7 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringVar(&o.notify, "notify", "", "`FILE` that says whom to tell of incidents (default: nobody, only the log)")
 	f.StringArrayVar(&o.probes, "probe-url", nil, "`URL` that probes of rollouts may ask, with all below it; repeat (default: none)")
 	o.audit.flags(c)
+	o.attest.flags(c)
 	c.AddCommand(newServerBackupCommand(e), newServerRestoreCommand(e))
 	return c
 }
@@ -69,6 +70,7 @@ type serverOptions struct {
 	data, database, listen, base, metrics, notify string
 	names, probes                                 []string
 	audit                                         auditOptions
+	attest                                        attestOptions
 }
 
 func (o *serverOptions) url() string {
@@ -105,6 +107,9 @@ func (o *serverOptions) assemble(ctx context.Context, e *env, p *serverParts) er
 		return err
 	}
 	if err := p.addIncidents(o.notify, e.now); err != nil {
+		return err
+	}
+	if err := p.addAttestation(&o.attest, e, clients); err != nil {
 		return err
 	}
 	closeEvents, err := p.addHosts(ctx, o.url(), o.data, clients, e.now)

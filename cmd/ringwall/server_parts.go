@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"ringwall/internal/control"
+	"ringwall/internal/control/attestation"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/control/rollouts"
@@ -32,6 +33,8 @@ type serverParts struct {
 	hosts     *hosts.Service
 	rollouts  *rollouts.Engine
 	attester  hosts.Attester // nil: hosts are not attested
+	// attestation is the gate that others ask; nil: hosts are not attested.
+	attestation *attestation.Service
 
 	tls  *tls.Config
 	keys httpapi.SigningKeys // of the built-in issuer

@@ -155,7 +155,7 @@ func openServer(ctx context.Context, url string, log *slog.Logger) (*serverParts
 
 // serverKinds are the types of documents of the server's parts.
 func serverKinds() []control.Kind {
-	return slices.Concat(incidents.Kinds(time.Now), hosts.Kinds(), rollouts.Kinds(time.Now))
+	return slices.Concat(incidents.Kinds(time.Now), withOrders(hosts.Kinds()), rollouts.Kinds(time.Now))
 }
 
 func backupDatabase(ctx context.Context, url, file string) error {

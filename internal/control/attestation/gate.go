@@ -199,3 +199,18 @@ func hostID(host string) resource.ID {
 	}
 	return id
 }
+
+// List tells the state of hosts in the order of their names, after one, at most
+// limit; of one standing, or "" for all.
+func (s *Service) List(ctx context.Context, standing attest.Standing, after string, limit int) ([]Status, error) {
+	var page []attest.HostRecord
+	err := s.read(ctx, func(tx Tx) (err error) { page, err = tx.Attestations(ctx, standing, after, limit); return err })
+	if err != nil {
+		return nil, fmt.Errorf("list attested hosts: %w", err)
+	}
+	var out []Status
+	for i := range page {
+		out = append(out, *s.status(ctx, &page[i]))
+	}
+	return out, nil
+}
