@@ -30,6 +30,7 @@ func main() {
 	d := demo{out: os.Stdout}
 	flag.StringVar(&d.ringwall, "ringwall", "", "the ringwall binary")
 	flag.StringVar(&d.kernel, "kernel", "6.1", "kernel of the guest: 6.1, 6.12 or newest")
+	flag.StringVar(&d.part, "part", partBoth, "what to show: host, fleet or both")
 	flag.BoolVar(&d.guest, "guest", false, "use a guest even if this machine's kernel can enforce")
 	flag.BoolVar(&d.keep, "keep", false, "keep the working directory")
 	flag.Parse()
@@ -43,6 +44,7 @@ func main() {
 
 type demo struct {
 	ringwall, kernel string
+	part             string
 	guest, keep      bool
 	out              io.Writer
 	dir              string
@@ -61,17 +63,39 @@ func (d *demo) run(ctx context.Context) error {
 	if err := d.parts(ctx); err != nil {
 		return fmt.Errorf("build the parts: %w", err)
 	}
-	if problems := enforce.Support(); !d.guest && problems.Err() == nil {
-		return d.onThisMachine(ctx)
-	} else if !d.guest {
+	problems := enforce.Support()
+	native := !d.guest && problems.Err() == nil
+	if !native && !d.guest {
 		fmt.Fprintf(d.out, "\nThis machine's own kernel cannot enforce:\n")
 		for _, p := range problems {
 			fmt.Fprintf(d.out, "  %s: %s\n", p.What, p.Why)
 		}
 		fmt.Fprintln(d.out, "so the tour runs in a virtual machine with Debian's.")
 	}
-	return d.inGuest(ctx)
+	if native && d.part != partFleet {
+		if err := d.onThisMachine(ctx); err != nil {
+			return err
+		}
+	}
+	if native && d.part == partHost {
+		return nil
+	}
+	g, err := d.makeGuest(ctx)
+	if err == nil && !native && d.part != partFleet {
+		err = d.inGuest(ctx, g)
+	}
+	if err == nil && d.part != partHost {
+		err = d.fleet(ctx, g)
+	}
+	return err
 }
+
+// The parts of the quickstart.
+const (
+	partBoth  = "both"
+	partHost  = "host"
+	partFleet = "fleet"
+)
 
 func (d *demo) path(names ...string) string {
 	return filepath.Join(append([]string{d.dir}, names...)...)
@@ -89,7 +113,7 @@ func (d *demo) parts(ctx context.Context) error {
 		{"gcc", "-O1", "-Wall", "-static", "-o", p + "/evil", "demo/src/evil.c"},
 		{"gcc", "-O1", "-Wall", "-shared", "-fPIC", "-DLIBRARY", "-o", p + "/evil.so", "demo/src/evil.c"},
 		{"cp", d.ringwall, p + "/ringwall"},
-		{"cp", "demo/tour.sh", "demo/prepare.sh", p},
+		{"cp", "demo/tour.sh", "demo/fleet.sh", "demo/prepare.sh", p},
 	} {
 		if err := d.command(ctx, nil, argv...); err != nil {
 			return err
@@ -137,37 +161,46 @@ func (d *demo) onThisMachine(ctx context.Context) error {
 	return c.Run()
 }
 
-// inGuest takes the tour in a virtual machine, where all of it is governed.
-func (d *demo) inGuest(ctx context.Context) error {
+// guest is a Debian system for virtual machines, and the disk that they get.
+type guest struct {
+	image   vm.Image
+	kernel  vm.Kernel
+	payload string
+}
+
+// makeGuest makes the system, unless it is there, and prepares a host's state
+// for it.
+func (d *demo) makeGuest(ctx context.Context) (*guest, error) {
 	fmt.Fprintln(d.out, "\nMaking a Debian 12 guest with systemd, nginx and Python (kept for the next time) …")
 	k, err := vm.FindKernel(ctx, d.kernel)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	image, err := vm.DebianImage(ctx, vm.Options{Packages: vm.Lean(), Kernels: []vm.Kernel{k}})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	root := d.path("root", "var/lib/apt")
 	if err := errors.Join(os.MkdirAll(root, 0o755), os.Symlink(image.Lists, root+"/lists")); err != nil { //nolint:gosec // public indices
-		return err
+		return nil, err
 	}
-	err = d.command(ctx, []string{"RINGWALL_ROOT=" + d.path("root"), "RINGWALL_DEBS=" + image.Debs}, "sh", d.path("parts", "prepare.sh"), d.path("parts"), d.path("prepared"))
+	g := &guest{image: image, kernel: k, payload: d.path("payload")}
+	prepared := filepath.Join(g.payload, "prepared")
+	if err := os.Mkdir(g.payload, 0o755); err != nil { //nolint:gosec // a disk's root
+		return nil, err
+	}
+	err = d.command(ctx, []string{"RINGWALL_ROOT=" + d.path("root"), "RINGWALL_DEBS=" + image.Debs}, "sh", d.path("parts", "prepare.sh"), d.path("parts"), prepared)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	payload := d.path("payload")
-	if err := os.Mkdir(payload, 0o755); err != nil { //nolint:gosec // a disk's root
-		return err
-	}
-	for _, n := range []string{"parts", "prepared"} {
-		if err := os.Rename(d.path(n), filepath.Join(payload, n)); err != nil {
-			return err
-		}
-	}
-	fmt.Fprintf(d.out, "\nBooting it with kernel %s; the whole system will be governed …\n", k.Release)
+	return g, d.command(ctx, nil, "cp", "-a", d.path("parts"), g.payload)
+}
+
+// inGuest takes the tour in a virtual machine, where all of it is governed.
+func (d *demo) inGuest(ctx context.Context, g *guest) error {
+	fmt.Fprintf(d.out, "\nBooting it with kernel %s; the whole system will be governed …\n", g.kernel.Release)
 	r, err := vm.RunDebian(ctx, vm.DebianGuest{
-		Image: image, Kernel: k, Payload: payload, Script: "#!/bin/sh\nexec /payload/parts/tour.sh /payload/parts /payload/prepared\n", Output: d.out,
+		Image: g.image, Kernel: g.kernel, Payload: g.payload, Script: "#!/bin/sh\nexec /payload/parts/tour.sh /payload/parts /payload/prepared\n", Output: d.out,
 		Machine: vm.Machine{CPUs: 2, MemMiB: 2048},
 	})
 	if err != nil {
