@@ -48,8 +48,8 @@ type ReleaseChanges struct {
 type WhatIf struct {
 	Asked   int `json:"asked,omitempty"`   // distinct executables
 	Allowed int `json:"allowed,omitempty"` // under the manifest
-	// Unknown are contents that no release of either manifest and no rule by
-	// digest knows, such as those of packages: hosts judge them by what they have.
+	// Unknown are contents that no release of either manifest, no package and no
+	// rule by digest knows: they are refused before and after.
 	Unknown int    `json:"unknown,omitempty"`
 	Flips   []Flip `json:"flips,omitempty"` // at most maxListed
 	More    int    `json:"more,omitempty"`  // flips that are not listed

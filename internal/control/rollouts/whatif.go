@@ -294,12 +294,12 @@ func (what *WhatIf) ask(base, b *bundle, it *fleet.Item, now time.Time) *Flip {
 		return nil // not about a content, such as memory
 	}
 	what.Asked++
-	after, known := verdict(b, kind, it.SHA256, now)
+	after, known := verdict(b, kind, it, now)
 	if after.Allow {
 		what.Allowed++
 		return nil
 	}
-	before, knew := verdict(base, kind, it.SHA256, now)
+	before, knew := verdict(base, kind, it, now)
 	switch {
 	case !known && !knew:
 		what.Unknown++
@@ -311,11 +311,29 @@ func (what *WhatIf) ask(base, b *bundle, it *fleet.Item, now time.Time) *Flip {
 }
 
 // verdict is what a bundle says of a content, and whether it knows it at all.
-func verdict(b *bundle, kind integrity.Kind, sha256 integrity.Digest, now time.Time) (v integrity.Verdict, known bool) {
+// The packages of a host are not part of a bundle: that content is of one is
+// taken from the host's word, which is good enough for a question.
+func verdict(b *bundle, kind integrity.Kind, it *fleet.Item, now time.Time) (v integrity.Verdict, known bool) {
 	if b == nil {
 		return v, false
 	}
-	o := b.compiled.Object(kind, integrity.Key{Digest: sha256})
+	o := b.compiled.Object(kind, integrity.Key{Digest: it.SHA256})
+	if from := packageOf(it.Signer); from != nil && len(o.Memberships) == 0 {
+		o.Memberships = []integrity.Membership{{
+			Origin: from, Kinds: integrity.SetOf(kind), Names: []string{strings.TrimPrefix(it.Path, "/")}, SHA256: it.SHA256,
+		}}
+	}
 	v = b.compiled.Evaluate(&o, now)
 	return v, len(o.Memberships) > 0 || v.Allow || v.Rule != ""
+}
+
+// packageOf reads how agents name the package that content is of; nil: of none.
+func packageOf(signer string) *integrity.Origin {
+	text, ok := strings.CutPrefix(signer, "package ")
+	what, archive, ok2 := strings.Cut(text, " of archive ")
+	name, version, ok3 := strings.Cut(what, " ")
+	if !ok || !ok2 || !ok3 || name == "" || archive == "" {
+		return nil
+	}
+	return &integrity.Origin{Package: name, Version: version, Archive: archive}
 }

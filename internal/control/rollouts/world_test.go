@@ -162,7 +162,7 @@ func (c *content) put(t testing.TB, k *keys, epoch uint64, undoes integrity.Dige
 		return "      " + strings.ReplaceAll(strings.TrimSpace(string(b)), "\n", "\n      ")
 	}
 	yaml := fmt.Sprintf("version: 1\nname: base\nepoch: %d\nmode: enforce\ntrust:\n  authorities:\n  - name: ops\n    signs: [policy]\n    certificate: |\n%s\n"+
-		"  - name: builds\n    signs: [build]\n    certificate: |\n%s\n  timestamps:\n  - name: clock\n    certificate: |\n%s\n%s", epoch, pem(pki.EncodeCertificate(k.Issuers[pki.PurposePolicy].Cert)), pem(pki.EncodeCertificate(k.Issuers[pki.PurposeBuild].Cert)), pem(pki.EncodeCertificate(k.TSA.Cert)), lines)
+		"  - name: builds\n    signs: [build]\n    certificate: |\n%s\n  timestamps:\n  - name: clock\n    certificate: |\n%s\n%s", epoch, pem(pki.EncodeCertificate(k.Issuers[pki.PurposePolicy].Cert)), pem(pki.EncodeCertificate(k.Issuers[pki.PurposeBuild].Cert)), pem(pki.EncodeCertificate(k.TSA.Cert)), "  archives: [{name: debian, keyring: mQINBFyy5FABEADZdHDmiXKN7lnhF5xHFPQWFvVE4A==}]\n"+lines)
 	policy, err := codesign.SignPolicy(k.signer, []byte(yaml))
 	if err != nil {
 		t.Fatal(err)
