@@ -8,8 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -89,7 +88,7 @@ func newFleetServer(t *testing.T) *fleetServer {
 	f.srv = httptest.NewUnstartedServer(mux)
 	f.srv.EnableHTTP2 = true
 	f.srv.TLS = &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair}, ClientAuth: tls.VerifyClientCertIfGiven, ClientCAs: pool}
-	f.srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+	f.srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	f.srv.StartTLS()
 	t.Cleanup(func() {
 		f.set(func() { f.down = true })
@@ -191,7 +190,7 @@ func (f *fleetServer) Chunk(_ context.Context, r *connect.Request[agentpb.ChunkR
 	if !ok {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such chunk"))
 	}
-	from := int(min(r.Msg.GetOffset(), uint64(len(b)))) //nolint:gosec // a test's
+	from := int(min(r.Msg.GetOffset(), uint64(len(b))))
 	data := b[from:min(from+f.piece, len(b))]
 	if f.spoil != nil {
 		var err error
@@ -216,7 +215,7 @@ func (f *fleetServer) Ingest(_ context.Context, r *connect.Request[agentpb.Inges
 		f.t.Errorf("a gap: records from %d, %d are durable", q.GetFirst(), have)
 	}
 	for i, x := range q.GetRecords() {
-		if n := q.GetFirst() + uint64(i); n > f.streams[key] { //nolint:gosec // a test's
+		if n := q.GetFirst() + uint64(i); n > f.streams[key] {
 			f.streams[key] = n
 			f.records = append(f.records, x)
 		}

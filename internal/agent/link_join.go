@@ -223,8 +223,7 @@ func kindOfCall(err error) error {
 	case connect.CodeUnimplemented:
 		return fmt.Errorf("%w: %w", err, errs.Unsupported)
 	}
-	var bad *tls.CertificateVerificationError
-	if errors.As(err, &bad) {
+	if _, bad := errors.AsType[*tls.CertificateVerificationError](err); bad {
 		return fmt.Errorf("%w: %w", err, errs.Untrusted)
 	}
 	return err

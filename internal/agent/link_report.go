@@ -194,7 +194,7 @@ func (a *Agent) countStart() uint32 {
 	}
 	n++
 	_ = host.WriteFile(name, fmt.Appendf(nil, "%d\n", n), 0o600) // a count for people
-	return uint32(n)                                             //nolint:gosec // 31 bits
+	return uint32(n)
 }
 
 // tableDigest is the SHA-256 of the compiled table, made once for each.
@@ -229,8 +229,8 @@ func digestTable(t *integrity.Table) integrity.Digest {
 	var b []byte
 	for _, k := range keys {
 		e := t.Entries[k]
-		b = append(append(b[:0], byte(k.Space)), k.Digest[:]...)
-		b = append(b, byte(e.Kinds))
+		b = append(binary.BigEndian.AppendUint32(b[:0], uint32(k.Space)), k.Digest[:]...)
+		b = binary.BigEndian.AppendUint16(b, uint16(e.Kinds))
 		b = binary.BigEndian.AppendUint16(b, uint16(e.Roles))
 		h.Write(append(b, e.Interpreter))
 	}
@@ -260,7 +260,7 @@ func (l *link) record(r *Record) {
 func (l *link) block(r *Record) *agentpb.Block {
 	b := &agentpb.Block{
 		Kind: r.Kind, Path: clip(r.Path, 4096), Signer: clip(r.Signer, 1024), Rule: clip(r.Rule, 1024), Reason: r.Reason, Mode: "audit",
-		Flip: r.Flip, Count: uint64(max(r.Count, 1)), Event: r.Seq, //nolint:gosec // a count
+		Flip: r.Flip, Count: uint64(max(r.Count, 1)), Event: r.Seq,
 	}
 	if r.Type == typeBlock {
 		b.Mode = "enforce"

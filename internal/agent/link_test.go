@@ -670,3 +670,51 @@ func TestTrial_crashAtEveryStep(t *testing.T) {
 		})
 	}
 }
+
+// The power goes between any two files that confirming writes.
+func TestTrial_halfConfirmed(t *testing.T) {
+	t.Parallel()
+	old, fresh := "#!/bin/sh\n# old\n", "#!/bin/sh\n# fresh\n"
+	l, f := inFleet(t)
+	m6 := l.manifest(f, l.policy(6, "enforce", allowTool), 6, []ReleaseRequest{l.release(old)}, nil)
+	f.assign(m6)
+	f.untilPhase(agentpb.State_PHASE_CONFIRMED, m6)
+	var before *lab
+	l.agent.opts.crash = func(step string) {
+		if step == "outcome written" {
+			before = l.again(t)
+		}
+	}
+	m7 := l.manifest(f, l.policy(7, "enforce", allowTool), 7, []ReleaseRequest{l.release(fresh)}, nil)
+	f.assign(m7)
+	f.untilPhase(agentpb.State_PHASE_CONFIRMED, m7)
+	l.stop()
+	f.set(func() { f.down = true })
+	order := []string{filePrevious, filePolicy, filePolicyCopy, "floor/epoch", fileBundlePrev, fileBundleCopy, fileBundle}
+	for n := range len(order) + 1 {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			c := before.again(t)
+			c.options = l.options
+			for _, name := range order[:n] {
+				b, err := os.ReadFile(filepath.Join(l.state(), name))
+				if err != nil {
+					t.Fatal(err)
+				}
+				c.put(name, b)
+			}
+			c.start()
+			e, want := c.kernel.live().Epoch, uint64(6)
+			if n >= 2 {
+				want = 7
+			}
+			least, err := c.agent.floor.Get()
+			if err != nil || e != want || least > e || c.allows(old) != (e == 6) || c.allows(fresh) != (e == 7) {
+				t.Errorf("epoch %d, floor %d, %v", e, least, err)
+			}
+			if b, err := c.agent.state.readBundle(fileBundle); err != nil || b.Epoch != e {
+				t.Errorf("the confirmed manifest: %v, %v", b, err)
+			}
+		})
+	}
+}

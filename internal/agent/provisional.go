@@ -127,9 +127,8 @@ func (a *Agent) takeManifest(ctx context.Context, raw []byte, where resource.ID,
 	case errors.Is(err, errLater):
 		return err
 	}
-	var failed revertedError
 	phase := phaseRefused
-	if errors.As(err, &failed) {
+	if _, tried := errors.AsType[revertedError](err); tried {
 		phase = phaseReverted
 	}
 	a.pipe.notice(noticeManifest, fmt.Sprintf("manifest %v is %s: %v", id, phase, err))
