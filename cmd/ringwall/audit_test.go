@@ -12,7 +12,6 @@ import (
 
 	"ringwall/internal/audit"
 	"ringwall/internal/pki"
-	"ringwall/internal/testkit"
 )
 
 // file writes what a user has in a file beside the server's directory.
@@ -50,15 +49,10 @@ func (s *fleetServer) published() {
 	s.t.Fatalf("not published: %s", last)
 }
 
+// What the database is makes no difference here; TestFaults_ have both.
 func TestAudit(t *testing.T) {
-	t.Run("sqlite", func(t *testing.T) { testAudit(t, startServer(t)) })
-	t.Run("postgres", func(t *testing.T) {
-		testAudit(t, startServer(t, "--database", testkit.StartPostgres(t).Database()))
-	})
-}
-
-func testAudit(t *testing.T, s *fleetServer) {
-	t.Helper()
+	t.Parallel()
+	s := startServer(t)
 	s.admin()
 	s.must(0, "admin", "{}", "resource", "put", "/subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590", "--file", "-")
 	for range 6 {
@@ -83,7 +77,7 @@ func testAudit(t *testing.T, s *fleetServer) {
 	s.must(2, "admin", "", "audit", "verify", log, "--signed", note)
 	s.must(2, "admin", "", "audit", "verify")
 	s.must(2, "admin", "", "audit", "verify", tiles)
-	s.must(2, "admin", "", "audit", "verify", log, "--save", note)
+	s.must(2, "admin", "", "audit", "verify", log, "--keep", filepath.Join(s.dir, "none"))
 	s.must(5, "admin", "", "audit", "verify", log, "--signed", note, "--trust", s.file("other.pub", otherLogKey(t, pub)))
 
 	lines := strings.SplitAfter(exported, "\n")
@@ -163,7 +157,7 @@ func testAudit(t *testing.T, s *fleetServer) {
 
 	// The server, over time; and its events in OCSF.
 	kept := filepath.Join(s.dir, "last")
-	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--save", kept)
+	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--keep", kept)
 	s.must(0, "admin", "{}", "resource", "put", testGroup, "--file", "-")
 	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--signed", kept)
 	_, events, _ := s.run("admin", "", "audit", "export", "--format", "ocsf")
@@ -178,7 +172,7 @@ func testAudit(t *testing.T, s *fleetServer) {
 	s.start()
 	s.login("admin")
 	s.published()
-	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--signed", kept, "--save", kept)
+	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--keep", kept)
 }
 
 // otherLogKey is of a log that has nothing to do with the server's, under its name.

@@ -21,9 +21,9 @@ import (
 // auditVerify is what `ringwall audit verify` was asked.
 type auditVerify struct {
 	server      bool
-	trust, save string
+	trust, kept string
 	from        string
-	kept        []string // NUMBER:HASH
+	marks       []string // NUMBER:HASH
 	signed      []string // notes, log directories, URLs
 
 	key *pki.LogKey
@@ -48,9 +48,9 @@ the export's records. DIR alone is checked for itself: it has the records' hashe
 and not what they say.
 
 --server compares what the server says now. Without --trust its own word is taken
-for the key. --save FILE keeps the newest checkpoint when all is well: give it as
---signed the next time, and a server that has lost or rewritten anything since
-does not pass.
+for the key. --keep FILE keeps the newest checkpoint when all is well, and holds
+the next run against it: a server that has lost or rewritten anything since does
+not pass.
 
 JSON: {"records", "from", "to": {"seq", "hash"}, "refused", "signed"}; signed is how
 many records a signed checkpoint is about.`,
@@ -58,7 +58,7 @@ many records a signed checkpoint is about.`,
   ringwall audit verify audit.jsonl --checkpoint 1200:5bb9c2f4…
   ringwall audit verify audit.jsonl --signed /srv/copy/audit-log --trust audit-log.pub
   ringwall audit verify /srv/copy/audit-log --trust audit-log.pub
-  ringwall audit verify --server --trust audit-log.pub --signed last --save last`,
+  ringwall audit verify --server --trust audit-log.pub --keep last.checkpoint`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if v.server != (len(args) == 0) || len(args) > 1 {
 				return usage(errors.New("want one of FILE, DIR and --server"))
@@ -77,8 +77,8 @@ many records a signed checkpoint is about.`,
 	f.BoolVar(&v.server, "server", false, "verify the server that you are logged in to")
 	f.StringVar(&v.trust, "trust", "", "the key of the published log: the server's audit-log.pub (`FILE`)")
 	f.StringArrayVar(&v.signed, "signed", nil, "`FILE` with a signed checkpoint, or a published log's directory or URL; repeat")
-	f.StringVar(&v.save, "save", "", "keep the newest signed checkpoint in `FILE`, if all is well")
-	f.StringArrayVar(&v.kept, "checkpoint", nil, "a `NUMBER:HASH` that must be in the log; repeat")
+	f.StringVar(&v.kept, "keep", "", "`FILE` with the signed checkpoint of the last run, if there was one; the newest takes its place")
+	f.StringArrayVar(&v.marks, "checkpoint", nil, "a `NUMBER:HASH` that must be in the log; repeat")
 	f.StringVar(&v.from, "from", "", "the `NUMBER:HASH` that the export begins after (default: the beginning)")
 	return c
 }
@@ -106,8 +106,11 @@ func (v *auditVerify) run(ctx context.Context, e *env, place string) (*audit.Rep
 			return nil, fmt.Errorf("trust %s: %w", v.trust, err)
 		}
 	}
+	if v.kept != "" && exists(v.kept) {
+		v.signed = append(v.signed, v.kept)
+	}
 	var kept []audit.Checkpoint
-	for _, k := range v.kept {
+	for _, k := range v.marks {
 		c, err := audit.ParseCheckpoint(k)
 		if err != nil {
 			return nil, err
@@ -290,10 +293,10 @@ func (v *auditVerify) ofLog(ctx context.Context, place string, kept []audit.Chec
 
 func (v *auditVerify) keep(note []byte) error {
 	switch {
-	case v.save == "":
+	case v.kept == "":
 		return nil
 	case note == nil:
-		return usage(errors.New("--save: there is no signed checkpoint to keep"))
+		return usage(errors.New("--keep: there is no signed checkpoint to keep"))
 	}
-	return host.WriteFile(v.save, note, 0o644)
+	return host.WriteFile(v.kept, note, 0o644)
 }

@@ -273,6 +273,7 @@ func onBoth(t *testing.T, test func(t *testing.T, pg *testkit.Postgres, args ...
 
 // A server that is killed while it writes.
 func TestFaults_killed(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, _ *testkit.Postgres, args ...string) {
 		p := startProcess(t, filepath.Join(t.TempDir(), "fleet"), args...)
 		l, token := newLedger(), p.token()
@@ -296,6 +297,7 @@ func TestFaults_killed(t *testing.T) {
 // A database that crashes under the server: changes fail meanwhile, reads too,
 // and all goes on by itself when it is back.
 func TestFaults_database(t *testing.T) {
+	t.Parallel()
 	pg := testkit.StartPostgres(t)
 	p := startProcess(t, filepath.Join(t.TempDir(), "fleet"), "--database", pg.Database())
 	l, token := newLedger(), p.token()
@@ -322,6 +324,7 @@ func TestFaults_database(t *testing.T) {
 // A disk that is full: nothing is acknowledged that is not kept, reading goes
 // on, and so does writing when there is room again.
 func TestFaults_diskFull(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=8m"); err != nil {
 		t.Skipf("SKIPPED, NOT TESTED: a small file system cannot be mounted here: %v", err)
@@ -380,6 +383,7 @@ func TestFaults_diskFull(t *testing.T) {
 // Two replicas that change the same document, one of which is killed: no change
 // is lost, both see one feed, and what both publish is one history.
 func TestFaults_replicas(t *testing.T) {
+	t.Parallel()
 	pg := testkit.StartPostgres(t)
 	db := pg.Database()
 	dir := t.TempDir()

@@ -30,6 +30,7 @@ func (s *fleetServer) metrics(t *testing.T) string {
 }
 
 func TestServer_metrics(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "--metrics", "127.0.0.1:0", "--syslog", "tcp://127.0.0.1:1")
 	s.admin()
 	s.must(0, "admin", "{}", "resource", "put", "/subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590", "--file", "-")
@@ -70,6 +71,7 @@ func TestServer_metrics(t *testing.T) {
 // The alert rules that the page gives are what Prometheus takes, and they name
 // metrics that exist.
 func TestMonitorPage(t *testing.T) {
+	t.Parallel()
 	page, err := os.ReadFile("../../docs/ops/monitor-a-server.md")
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ func (s *fleetServer) restore(want int, file string) string {
 // A backup comes back, with nothing but what was changed since lost, and that
 // shows.
 func TestServer_restore(t *testing.T) {
+	t.Parallel()
 	s := startServer(t)
 	s.admin()
 	s.must(0, "admin", "{}", "resource", "put", "/subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590", "--file", "-")
@@ -25,7 +26,7 @@ func TestServer_restore(t *testing.T) {
 	s.must(0, "admin", "", "server", "backup", "--data", data, copied)
 	pub := filepath.Join(data, "audit-log.pub")
 	kept := filepath.Join(s.dir, "kept")
-	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--save", kept)
+	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--keep", kept)
 	if got := s.restore(6, copied); !strings.Contains(got, "stop the server") {
 		t.Errorf("restored under a running server: %s", got)
 	}
@@ -50,7 +51,7 @@ func TestServer_restore(t *testing.T) {
 	if err := json.Unmarshal([]byte(s.must(0, "admin", "", "resource", "get", testGroup)), &lost); err != nil {
 		t.Fatal(err)
 	}
-	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--save", kept)
+	s.must(0, "admin", "", "audit", "verify", "--server", "--trust", pub, "--keep", kept)
 	oldPub, err := os.ReadFile(pub)
 	if err != nil {
 		t.Fatal(err)

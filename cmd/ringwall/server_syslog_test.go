@@ -68,6 +68,7 @@ func (c *collector) read(conn net.Conn) {
 // A collector that was away gets every record, and a checkpoint that shows later
 // that the log was cut off.
 func TestServer_syslog(t *testing.T) {
+	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

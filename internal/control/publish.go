@@ -36,8 +36,8 @@ type Sequence interface {
 }
 
 const (
-	outboxPage  = 256         // records at once
-	outboxPoll  = time.Second // how soon a record is seen
+	outboxPage  = 256                    // records at once
+	outboxPoll  = 500 * time.Millisecond // how soon a record is seen
 	outboxRetry = 3 * time.Second
 )
 
