@@ -194,7 +194,7 @@ func (s *Service) prepare(ctx context.Context, h *host, n int, r *agentpb.Ingest
 		return nil, &agentpb.IngestResponse{Durable: durable, RetryUs: limited.wait.Microseconds()}, nil
 	}
 	j.pos.UpTo = first + uint64(len(records)) - 1
-	j.read(records, first, now.UTC(), where.Parent().String())
+	s.counters.malformed.Add(j.read(records, first, now.UTC(), where.Parent().String()))
 	if fresh {
 		j.notice(first, now.UTC(), where.Parent().String(), SignalSpool, "the host's spool was made anew: what it had not sent is gone", 1)
 	}
@@ -252,8 +252,7 @@ func (s *Service) finish(j *job, err error) {
 
 // read turns records into what is stored of them. What is not understood is
 // noted, counted, and otherwise left out: it must not hold up what follows.
-func (j *job) read(records []*agentpb.Record, first uint64, now time.Time, scope string) {
-	malformed := uint64(0)
+func (j *job) read(records []*agentpb.Record, first uint64, now time.Time, scope string) (malformed uint64) {
 	for i, r := range records {
 		e := fleet.Event{Host: j.pos.Host, Stream: j.pos.Stream, Number: first + uint64(i), Received: now, At: stamp(r.GetAtUs())}
 		if proto.Size(r) > maxRecord || !j.record(&e, r, scope) {
@@ -264,6 +263,7 @@ func (j *job) read(records []*agentpb.Record, first uint64, now time.Time, scope
 		j.h.use.malformed.Add(malformed)
 		j.notice(first, now, scope, SignalMalformed, fmt.Sprintf("%d records from number %d on were not understood", malformed, first), malformed)
 	}
+	return malformed
 }
 
 // record takes one record of its lane.

@@ -61,11 +61,24 @@ func (s shelf) Read(ctx context.Context, fn func(control.Tx) error) error {
 	return s.Store.Read(ctx, func(tx *store.Tx) error { return fn(tx) })
 }
 
-// engines runs a test on both.
-func engines(t *testing.T, test func(t *testing.T, url string)) {
-	t.Helper()
-	t.Run("sqlite", func(t *testing.T) { test(t, "sqlite:"+t.TempDir()) })
-	t.Run("postgres", func(t *testing.T) { test(t, testkit.StartPostgres(t).Database()) })
+// TestEngines runs on both what must be the same on both, and on PostgreSQL what
+// takes two replicas.
+func TestEngines(t *testing.T) {
+	tests := map[string]func(t *testing.T, url string){
+		"join": testJoin, "ingest": testIngest, "ingest, the sink fails": testIngestSinkFails, "wait": testWait, "renew": testRenew,
+	}
+	t.Run("sqlite", func(t *testing.T) {
+		for name, test := range tests {
+			t.Run(name, func(t *testing.T) { test(t, "sqlite:"+t.TempDir()) })
+		}
+	})
+	t.Run("postgres", func(t *testing.T) {
+		pg := testkit.StartPostgres(t)
+		tests["replicas"] = testReplicas
+		for name, test := range tests {
+			t.Run(name, func(t *testing.T) { test(t, pg.Database()) })
+		}
+	})
 }
 
 // clock is a time that tests move.

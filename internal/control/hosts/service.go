@@ -366,6 +366,17 @@ func (s *Service) Hosts(_ context.Context, below resource.ID) ([]fleet.Host, err
 	return out, nil
 }
 
+// Name is the name of a host in the tree; "" for one that there is not.
+func (s *Service) Name(id string) string {
+	h := s.host(id)
+	if h == nil {
+		return ""
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.v.Resource.Name()
+}
+
 // Assign says which manifests are meant for hosts, and wakes those that wait;
 // other replicas see it within their next look, half a second. A manifest whose
 // scope does not hold the host is errs.Denied, one that there is not is

@@ -18,7 +18,6 @@ import (
 	"ringwall/internal/fleet"
 	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
-	"ringwall/internal/testkit"
 )
 
 // settled is a request of a host that has heard everything.
@@ -63,85 +62,84 @@ func soon(t *testing.T, c <-chan answered) answered {
 	return answered{}
 }
 
-func TestWait(t *testing.T) {
-	engines(t, func(t *testing.T, url string) {
-		l := newLab(t, url, newCA(t))
-		ctx := t.Context()
-		a := l.join("web-1")
-		m := l.manifest(7, group)
-		other := l.manifest(8, sub+"/resourceGroups/db")
+func testWait(t *testing.T, url string) {
+	t.Helper()
+	l := newLab(t, url, newCA(t))
+	ctx := t.Context()
+	a := l.join("web-1")
+	m := l.manifest(7, group)
+	other := l.manifest(8, sub+"/resourceGroups/db")
 
-		// What is not for the host, or not there, is not assigned.
-		if err := l.svc.Assign(ctx, []fleet.Assignment{{Host: a.id, Manifest: other}}); !errors.Is(err, errs.Denied) {
-			t.Errorf("another scope's manifest: %v", err)
-		}
-		if err := l.svc.Assign(ctx, []fleet.Assignment{{Host: a.id, Manifest: integrity.Digest{1}}}); !errors.Is(err, errs.NotFound) {
-			t.Errorf("no such manifest: %v", err)
-		}
+	// What is not for the host, or not there, is not assigned.
+	if err := l.svc.Assign(ctx, []fleet.Assignment{{Host: a.id, Manifest: other}}); !errors.Is(err, errs.Denied) {
+		t.Errorf("another scope's manifest: %v", err)
+	}
+	if err := l.svc.Assign(ctx, []fleet.Assignment{{Host: a.id, Manifest: integrity.Digest{1}}}); !errors.Is(err, errs.NotFound) {
+		t.Errorf("no such manifest: %v", err)
+	}
 
-		r := settled(t, a)
-		c := hold(ctx, a, r)
-		held(t, l, 1)
-		began := time.Now()
-		if err := l.svc.Assign(ctx, []fleet.Assignment{{Host: a.id, Manifest: m}, {Host: "nobody", Manifest: m}}); err != nil {
-			t.Fatal(err)
-		}
-		got := soon(t, c)
-		if got.err != nil || len(got.r.GetManifest()) == 0 || got.at.Sub(began) > 3*time.Second {
-			t.Fatalf("%v, %v after %v", got.r, got.err, got.at.Sub(began))
-		}
-		parsed, bundle, err := l.svc.Manifest(ctx, m)
-		if err != nil || parsed.Epoch != 7 || string(bundle) != string(got.r.GetManifest()) {
-			t.Errorf("%+v, %v", parsed, err)
-		}
-		chunk, err := a.Chunk(ctx, connect.NewRequest(&agentpb.ChunkRequest{Sha256: parsed.Policy[:], Offset: 3}))
-		if err != nil || string(chunk.Msg.GetData()) != "icy 7" || chunk.Msg.GetSize() != 8 {
-			t.Errorf("%v, %v", chunk, err)
-		}
+	r := settled(t, a)
+	c := hold(ctx, a, r)
+	held(t, l, 1)
+	began := time.Now()
+	if err := l.svc.Assign(ctx, []fleet.Assignment{{Host: a.id, Manifest: m}, {Host: "nobody", Manifest: m}}); err != nil {
+		t.Fatal(err)
+	}
+	got := soon(t, c)
+	if got.err != nil || len(got.r.GetManifest()) == 0 || got.at.Sub(began) > 3*time.Second {
+		t.Fatalf("%v, %v after %v", got.r, got.err, got.at.Sub(began))
+	}
+	parsed, bundle, err := l.svc.Manifest(ctx, m)
+	if err != nil || parsed.Epoch != 7 || string(bundle) != string(got.r.GetManifest()) {
+		t.Errorf("%+v, %v", parsed, err)
+	}
+	chunk, err := a.Chunk(ctx, connect.NewRequest(&agentpb.ChunkRequest{Sha256: parsed.Policy[:], Offset: 3}))
+	if err != nil || string(chunk.Msg.GetData()) != "icy 7" || chunk.Msg.GetSize() != 8 {
+		t.Errorf("%v, %v", chunk, err)
+	}
 
-		// Having it, the host waits; a directive wakes it.
-		r.HaveManifest = m[:]
-		c = hold(ctx, a, r)
-		held(t, l, 1)
-		all, err := l.svc.Hosts(ctx, id(group))
-		if err != nil || len(all) != 1 || all[0].Assigned != m || all[0].AssignedAt.IsZero() {
-			t.Fatalf("%+v, %v", all, err)
-		}
-		if _, err := l.door.Invoke(ctx, root(), all[0].Resource, "isolate", json.RawMessage("{}")); err != nil {
-			t.Fatal(err)
-		}
-		if got := soon(t, c); got.err != nil || !got.r.GetDirectives().GetIsolated() || len(got.r.GetManifest()) != 0 {
-			t.Errorf("%v, %v", got.r, got.err)
-		} else {
-			r.HaveDirectives = got.r.GetDirectives().GetRevision()
-		}
+	// Having it, the host waits; a directive wakes it.
+	r.HaveManifest = m[:]
+	c = hold(ctx, a, r)
+	held(t, l, 1)
+	all, err := l.svc.Hosts(ctx, id(group))
+	if err != nil || len(all) != 1 || all[0].Assigned != m || all[0].AssignedAt.IsZero() {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	if _, err := l.door.Invoke(ctx, root(), all[0].Resource, "isolate", json.RawMessage("{}")); err != nil {
+		t.Fatal(err)
+	}
+	if got := soon(t, c); got.err != nil || !got.r.GetDirectives().GetIsolated() || len(got.r.GetManifest()) != 0 {
+		t.Errorf("%v, %v", got.r, got.err)
+	} else {
+		r.HaveDirectives = got.r.GetDirectives().GetRevision()
+	}
 
-		// A second Wait of a host ends the first, and only that.
-		c = hold(ctx, a, r)
-		held(t, l, 1)
-		second := hold(ctx, a, r)
-		if got := soon(t, c); got.err != nil || got.r.GetDirectives() != nil {
-			t.Errorf("the older call: %v, %v", got.r, got.err)
-		}
-		held(t, l, 1)
+	// A second Wait of a host ends the first, and only that.
+	c = hold(ctx, a, r)
+	held(t, l, 1)
+	second := hold(ctx, a, r)
+	if got := soon(t, c); got.err != nil || got.r.GetDirectives() != nil {
+		t.Errorf("the older call: %v, %v", got.r, got.err)
+	}
+	held(t, l, 1)
 
-		// Revoked, the held call ends, and no other begins.
-		if _, err := l.door.Invoke(ctx, root(), all[0].Resource, "revoke", json.RawMessage("{}")); err != nil {
-			t.Fatal(err)
-		}
-		if got := soon(t, second); connect.CodeOf(got.err) != connect.CodeUnauthenticated {
-			t.Errorf("held while it was revoked: %v, %v", got.r, got.err)
-		}
-		if _, err := a.wait(ctx, r); connect.CodeOf(err) != connect.CodeUnauthenticated {
-			t.Errorf("a revoked host waits: %v", err)
-		}
-		if _, err := a.ingest(ctx, agentpb.Lane_LANE_BLOCKS, 1); connect.CodeOf(err) != connect.CodeUnauthenticated {
-			t.Errorf("a revoked host sends: %v", err)
-		}
-		if _, err := l.svc.Chunk(ctx, parsed.Policy, 3); !errors.Is(err, errs.Invalid) {
-			t.Errorf("a chunk over the limit: %v", err)
-		}
-	})
+	// Revoked, the held call ends, and no other begins.
+	if _, err := l.door.Invoke(ctx, root(), all[0].Resource, "revoke", json.RawMessage("{}")); err != nil {
+		t.Fatal(err)
+	}
+	if got := soon(t, second); connect.CodeOf(got.err) != connect.CodeUnauthenticated {
+		t.Errorf("held while it was revoked: %v, %v", got.r, got.err)
+	}
+	if _, err := a.wait(ctx, r); connect.CodeOf(err) != connect.CodeUnauthenticated {
+		t.Errorf("a revoked host waits: %v", err)
+	}
+	if _, err := a.ingest(ctx, agentpb.Lane_LANE_BLOCKS, 1); connect.CodeOf(err) != connect.CodeUnauthenticated {
+		t.Errorf("a revoked host sends: %v", err)
+	}
+	if _, err := l.svc.Chunk(ctx, parsed.Policy, 3); !errors.Is(err, errs.Invalid) {
+		t.Errorf("a chunk over the limit: %v", err)
+	}
 }
 
 func TestHost_document(t *testing.T) {
@@ -202,59 +200,58 @@ func TestHost_document(t *testing.T) {
 	}
 }
 
-func TestRenew(t *testing.T) {
-	engines(t, func(t *testing.T, url string) {
-		ca := newCA(t)
-		l := newLab(t, url, ca)
-		ctx := t.Context()
-		a := l.join("web-1")
-		renew := func(c agentpb.AgentClient, csr []byte) (*agentpb.RenewResponse, error) {
-			out, err := c.Renew(ctx, connect.NewRequest(&agentpb.RenewRequest{Csr: csr}))
-			if err != nil {
-				return nil, err
-			}
-			return out.Msg, nil
-		}
-		if _, err := renew(a, csr(t, a.cert.PrivateKey.(crypto.Signer))); connect.CodeOf(err) != connect.CodeInvalidArgument {
-			t.Errorf("the same key: %v", err)
-		}
-		if _, err := renew(a, []byte("x")); connect.CodeOf(err) != connect.CodeInvalidArgument {
-			t.Errorf("no request: %v", err)
-		}
-		key := newKey(t)
-		first, err := renew(a, csr(t, key))
+func testRenew(t *testing.T, url string) {
+	t.Helper()
+	ca := newCA(t)
+	l := newLab(t, url, ca)
+	ctx := t.Context()
+	a := l.join("web-1")
+	renew := func(c agentpb.AgentClient, csr []byte) (*agentpb.RenewResponse, error) {
+		out, err := c.Renew(ctx, connect.NewRequest(&agentpb.RenewRequest{Csr: csr}))
 		if err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
-		// The answer was lost: the old certificate is good still, and asks again.
-		again, err := renew(a, csr(t, key))
-		if err != nil || string(again.GetCertificates()[0]) != string(first.GetCertificates()[0]) {
-			t.Errorf("%v", err)
-		}
-		b := l.client(tls.Certificate{Certificate: first.GetCertificates(), PrivateKey: key})
-		if _, err := b.Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{State: &agentpb.State{}})); err != nil {
-			t.Fatal(err)
-		}
-		// Once the new one was used the old one is worth nothing.
-		if _, err := a.wait(ctx, &agentpb.WaitRequest{}); connect.CodeOf(err) != connect.CodeUnauthenticated {
-			t.Errorf("the old certificate: %v", err)
-		}
-		// So it is after the server has started again.
-		l.stop()
-		l = newLab(t, url, ca)
-		b = l.client(tls.Certificate{Certificate: first.GetCertificates(), PrivateKey: key})
-		if _, err := b.Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{State: &agentpb.State{}})); err != nil {
-			t.Error(err)
-		}
-		if _, err := l.client(a.cert).Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{})); connect.CodeOf(err) != connect.CodeUnauthenticated {
-			t.Errorf("the old certificate after a restart: %v", err)
-		}
-		// A certificate that ends during a connection ends with it.
-		l.clock.step(hosts.CertificateLife)
-		if _, err := b.Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{})); connect.CodeOf(err) != connect.CodeUnauthenticated {
-			t.Errorf("a certificate that is over: %v", err)
-		}
-	})
+		return out.Msg, nil
+	}
+	if _, err := renew(a, csr(t, a.cert.PrivateKey.(crypto.Signer))); connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("the same key: %v", err)
+	}
+	if _, err := renew(a, []byte("x")); connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("no request: %v", err)
+	}
+	key := newKey(t)
+	first, err := renew(a, csr(t, key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The answer was lost: the old certificate is good still, and asks again.
+	again, err := renew(a, csr(t, key))
+	if err != nil || string(again.GetCertificates()[0]) != string(first.GetCertificates()[0]) {
+		t.Errorf("%v", err)
+	}
+	b := l.client(tls.Certificate{Certificate: first.GetCertificates(), PrivateKey: key})
+	if _, err := b.Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{State: &agentpb.State{}})); err != nil {
+		t.Fatal(err)
+	}
+	// Once the new one was used the old one is worth nothing.
+	if _, err := a.wait(ctx, &agentpb.WaitRequest{}); connect.CodeOf(err) != connect.CodeUnauthenticated {
+		t.Errorf("the old certificate: %v", err)
+	}
+	// So it is after the server has started again.
+	l.stop()
+	l = newLab(t, url, ca)
+	b = l.client(tls.Certificate{Certificate: first.GetCertificates(), PrivateKey: key})
+	if _, err := b.Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{State: &agentpb.State{}})); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.client(a.cert).Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{})); connect.CodeOf(err) != connect.CodeUnauthenticated {
+		t.Errorf("the old certificate after a restart: %v", err)
+	}
+	// A certificate that ends during a connection ends with it.
+	l.clock.step(hosts.CertificateLife)
+	if _, err := b.Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{})); connect.CodeOf(err) != connect.CodeUnauthenticated {
+		t.Errorf("a certificate that is over: %v", err)
+	}
 }
 
 func TestLost(t *testing.T) {
@@ -283,8 +280,9 @@ func TestLost(t *testing.T) {
 
 // Two replicas on one database: what is done at one is so at the other within a
 // second.
-func TestReplicas(t *testing.T) {
-	ca, url := newCA(t), testkit.StartPostgres(t).Database()
+func testReplicas(t *testing.T, url string) {
+	t.Helper()
+	ca := newCA(t)
 	shared := func(o *hosts.Options) { o.Shared = true }
 	one, two := newLab(t, url, ca, shared), newLab(t, url, ca, shared)
 	ctx := t.Context()

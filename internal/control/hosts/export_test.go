@@ -1,0 +1,7 @@
+package hosts
+
+// Inner doors for tests.
+var (
+	ReadEnrolment = readEnrolment
+	ReadState     = readState
+)
