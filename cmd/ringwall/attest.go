@@ -20,13 +20,16 @@ import (
 )
 
 func newAttestCommand(e *env) *cobra.Command {
-	return newGroup("attest", groupHost, "Prove, and look at, what a machine booted and ran",
+	c := newGroup("attest", groupHost, "Prove, and look at, what a machine booted and ran",
 		`Firmware, boot loader and kernel measure what they start into the TPM's platform
 configuration registers (PCRs) and keep a log. The log is a file like any other;
 only together with the PCRs does it say what happened. A quote by the TPM proves the
 PCRs to others, and a policy says which machines are good.`,
 		newAttestLogCommand(e), newAttestIMACommand(e), newAttestEvidenceCommand(e), newAttestVerifyCommand(e), newAttestVerifyArchiveCommand(e),
-		newAttestLearnCommand(e), newAttestPredictCommand(e), newAttestMeasureCommand(e))
+		newAttestLearnCommand(e), newAttestPredictCommand(e), newAttestMeasureCommand(e),
+		newAttestHostsCommand(e))
+	c.AddCommand(attestOrderCommands(e)...)
+	return c
 }
 
 type bootEventJSON struct {

@@ -104,7 +104,7 @@ func (p *serverParts) addAttestation(o *attestOptions, e *env, clients *pki.TLSA
 		}
 	})
 	p.routes = append(p.routes, httpapi.Route{
-		Method: http.MethodGet, Path: "/ringwall/fleet/attestation", Serve: p.serveAttestation, Summary: "What hosts proved of themselves", Answer: attestationList{},
+		Method: http.MethodGet, Path: attestationPath, Serve: p.serveAttestation, Summary: "What hosts proved of themselves", Answer: attestationList{},
 		Query: []httpapi.Query{{Name: "standing", About: "pending, trusted or quarantined"}, {Name: "after", About: "id of the host that the page before ended with"}},
 	})
 	return nil
@@ -170,6 +170,8 @@ func (p *serverParts) quarantined(i attestation.Incident) {
 		}
 	}()
 }
+
+const attestationPath = "/ringwall/fleet/attestation"
 
 type attestationList struct {
 	Hosts []attestation.Status `json:"hosts"`
