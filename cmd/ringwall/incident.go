@@ -224,6 +224,10 @@ func writeIncident(w io.Writer, d *incidentDoc, cause incident.Cause) {
 
 func writeAlert(w io.Writer, a *incident.Alert) {
 	s := &a.Sample
+	if s.Kind == incident.KindNotice {
+		fmt.Fprintf(w, "%s, %d times on %d hosts: %s\n\n", s.Reason, a.Count, len(a.Hosts), line(s.Rule))
+		return
+	}
 	verb := "blocked"
 	if s.Mode != "enforce" {
 		verb = "would be blocked"
@@ -236,9 +240,9 @@ func writeAlert(w io.Writer, a *incident.Alert) {
 	}
 	row("why", strings.TrimSuffix(s.Reason+", rule "+s.Rule, ", rule "))
 	row("sha256", s.SHA256)
-	row("signer", cmp.Or(s.Signer, "nobody"))
+	row("signer", cmp.Or(s.Signer, incident.Unsigned))
 	row("started", s.Parent)
-	row("first", a.First.UTC().Format(time.DateTime)+" on "+s.Host)
+	row("first", a.First.UTC().Format(time.DateTime)+" on "+cmp.Or(s.Name, s.Host))
 	const few = 5
 	row("hosts", strings.Join(a.Hosts[:min(few, len(a.Hosts))], ", ")+more(len(a.Hosts)-few))
 	if a.Flip {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -114,7 +115,10 @@ func (o *onCall) message(i *incidents.Stored, scope resource.ID) *notify.Message
 	fmt.Fprintf(&b, "%s\n%s, %s, on %d hosts, below %s\n", i.Title, i.State, i.Severity, i.HostCount(), scope)
 	if len(i.Alerts) > 0 {
 		s := &i.Alerts[0].Sample
-		fmt.Fprintf(&b, "\npath    %s\nsha256  %s\nsigner  %s\nstarted by %s\nfirst on %s\n", s.Path, s.SHA256, s.Signer, s.Parent, s.Host)
+		if s.Kind != incident.KindNotice {
+			fmt.Fprintf(&b, "\npath    %s\nsha256  %s\nsigner  %s\nstarted by %s", s.Path, s.SHA256, cmp.Or(s.Signer, incident.Unsigned), s.Parent)
+		}
+		fmt.Fprintf(&b, "\nfirst on %s\n", cmp.Or(s.Name, s.Host))
 	}
 	cause, why := i.Suggest()
 	fmt.Fprintf(&b, "\nprobably %s: %s\n\n  ringwall incident show %s\n  ringwall incident ack %s\n", cause, why, i.ID, i.ID)

@@ -72,8 +72,11 @@ func (p *serverParts) blocks(ctx context.Context, all []incident.Event) error {
 			return err
 		}
 	}
-	if p.incidents != nil {
-		return p.incidents.Blocks(ctx, all)
+	if p.incidents == nil {
+		return nil
 	}
-	return nil
+	for i := range all {
+		all[i].Name = p.hosts.Name(all[i].Host)
+	}
+	return p.incidents.Blocks(ctx, all)
 }

@@ -8,6 +8,7 @@
 package incident
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -21,10 +22,11 @@ import (
 type Event struct {
 	ID     string // the host's, unique: the same event may come twice
 	Scope  string // where in the resource tree the host is
-	Host   string
+	Host   string // its id
+	Name   string // in the tree; empty: unknown
 	Kind   string // exec, library, script, …
 	SHA256 string // hex; empty when the content had no stable digest
-	Signer string // identity of the signer; empty for unsigned
+	Signer string // identity of the signer; empty or Unsigned: nobody
 	Path   string
 	Parent string // the program that started it
 	Rule   string
@@ -36,6 +38,29 @@ type Event struct {
 	Flip  bool
 	Count uint64    // how often; at least 1
 	At    time.Time // when the server received it: a host's clock proves nothing
+}
+
+// Unsigned is what hosts call the signer of what nobody signed.
+const Unsigned = "unsigned"
+
+// KindNotice is the kind of events that are no blocks but what an agent, or the
+// server about its reports, has to say: Reason is the code, Rule the text.
+const KindNotice = "notice"
+
+func (e *Event) name() string { return cmp.Or(e.Name, e.Host) }
+
+func (e *Event) signed() bool { return e.Signer != "" && e.Signer != Unsigned }
+
+// Matters says whether an event is anything to work on. Blocks are; of what an
+// agent says, only what it does not say when all is well.
+func (e *Event) Matters() bool {
+	if e.Kind != KindNotice {
+		return true
+	}
+	return slices.Contains([]string{
+		"canary", "permit", "not-believed", "clock-went-back", "early-start", "agent-stops", "log", "reverted", "state-damaged", // the agent's codes
+		"lost", "gap", "malformed", "attestation", // the server's
+	}, e.Reason)
 }
 
 // Key names an alert: the same content (or signer), kind, class of place and
@@ -118,7 +143,7 @@ func (a *Alert) add(e *Event, room bool) (newHost bool) {
 	if e.At.After(a.Last) {
 		a.Last = e.At
 	}
-	i, known := slices.BinarySearch(a.Hosts, e.Host)
+	i, known := slices.BinarySearch(a.Hosts, e.name())
 	switch {
 	case known:
 		return false
@@ -126,6 +151,6 @@ func (a *Alert) add(e *Event, room bool) (newHost bool) {
 		a.More++
 		return false
 	}
-	a.Hosts = slices.Insert(a.Hosts, i, e.Host)
+	a.Hosts = slices.Insert(a.Hosts, i, e.name())
 	return true
 }

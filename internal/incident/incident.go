@@ -156,7 +156,7 @@ func Find(e *Event, open []*Incident) *Incident {
 // or signer.
 func (i *Incident) about(e *Event) bool {
 	return slices.ContainsFunc(i.Alerts, func(a Alert) bool {
-		same := e.SHA256 != "" && a.Sample.SHA256 == e.SHA256 || e.Signer != "" && a.Sample.Signer == e.Signer
+		same := e.SHA256 != "" && a.Sample.SHA256 == e.SHA256 || e.signed() && a.Sample.Signer == e.Signer
 		return same && a.Sample.Scope == e.Scope && e.At.Sub(a.Last) <= GroupWithin
 	})
 }
@@ -174,6 +174,9 @@ func New(id string, e *Event) (*Incident, []Notice) {
 func title(e *Event) string {
 	if e.Flip {
 		return fmt.Sprintf("policy epoch %d denies what the one before allowed", e.Epoch)
+	}
+	if e.Kind == KindNotice {
+		return fmt.Sprintf("%s: %s", e.Reason, e.Rule)
 	}
 	verb := "blocked"
 	if e.Mode != "enforce" {
@@ -196,10 +199,12 @@ func (i *Incident) Add(e *Event) []Notice {
 	before := i.Severity
 	i.Severity = i.severity()
 	switch {
+	case newAlert && e.Kind == KindNotice:
+		i.note(e.At, self, "%s says: %s", e.name(), e.Rule)
 	case newAlert:
-		i.note(e.At, self, "%s of %s on %s, by %s", e.Kind, e.Path, e.Host, cmp.Or(e.Parent, "an unknown program"))
+		i.note(e.At, self, "%s of %s on %s, by %s", e.Kind, e.Path, e.name(), cmp.Or(e.Parent, "an unknown program"))
 	case newHost:
-		i.note(e.At, self, "also on %s", e.Host)
+		i.note(e.At, self, "also on %s", e.name())
 	}
 	worse := before != "" && i.Severity.rank() > before.rank()
 	switch i.State {
@@ -271,7 +276,8 @@ func (i *Incident) HostCount() int {
 func (i *Incident) severity() Severity {
 	enforced, flip := false, false
 	for k := range i.Alerts {
-		enforced = enforced || i.Alerts[k].Sample.Mode == "enforce"
+		s := &i.Alerts[k].Sample
+		enforced = enforced || s.Mode == "enforce" || s.Kind == KindNotice
 		flip = flip || i.Alerts[k].Flip
 	}
 	hosts := i.HostCount()
@@ -378,9 +384,11 @@ func (i *Incident) Triage(by string, c Cause, m Impact, now time.Time) error {
 func (i *Incident) Suggest() (Cause, string) {
 	for k := range i.Alerts {
 		switch a := &i.Alerts[k]; {
+		case a.Sample.Kind == KindNotice:
+			return Benign, "nothing was blocked: the host says that something is not as it should be"
 		case a.Flip:
 			return FalsePositive, "the policy before allowed it: the change of policy is the cause"
-		case a.Sample.Signer == "" && slices.Contains([]string{"temporary", "home", "memory"}, PathClass(a.Sample.Path)):
+		case !a.Sample.signed() && slices.Contains([]string{"temporary", "home", "memory"}, PathClass(a.Sample.Path)):
 			return Attack, "unsigned code in a place that users can write to"
 		}
 	}

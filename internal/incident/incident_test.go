@@ -226,3 +226,33 @@ func TestPathClass(t *testing.T) {
 		}
 	}
 }
+
+// What nobody signed has nothing in common but that.
+func TestFind_unsigned(t *testing.T) {
+	one, _ := incident.New("one", block("a", 0, func(e *incident.Event) { e.Signer = incident.Unsigned }))
+	other := block("a", 0, func(e *incident.Event) { e.Signer, e.SHA256 = incident.Unsigned, strings.Repeat("cd", 32) })
+	if incident.Find(other, []*incident.Incident{one}) != nil {
+		t.Error("two unsigned programs are one incident")
+	}
+	if cause, _ := one.Suggest(); cause != incident.Attack {
+		t.Errorf("unsigned code in /tmp is %s", cause)
+	}
+}
+
+func TestNotice(t *testing.T) {
+	notice := func(code string) *incident.Event {
+		return block("a", 0, func(e *incident.Event) {
+			e.Kind, e.Reason, e.Rule, e.Path, e.SHA256, e.Mode, e.Name = incident.KindNotice, code, "what the host says", "", "", "audit", "web-1"
+		})
+	}
+	if notice("policy").Matters() || notice("fleet-link").Matters() || !notice("canary").Matters() || !block("a", 0).Matters() {
+		t.Error("what matters is wrong")
+	}
+	i, told := incident.New("one", notice("canary"))
+	if i.Title != "canary: what the host says" || i.Severity != incident.Warning || pages(told) != 1 || i.Alerts[0].Hosts[0] != "web-1" {
+		t.Errorf("%q, %s, %d pages", i.Title, i.Severity, pages(told))
+	}
+	if incident.Find(notice("permit"), []*incident.Incident{i}) != nil {
+		t.Error("two notices are one incident")
+	}
+}

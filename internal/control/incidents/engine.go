@@ -68,7 +68,8 @@ func New(d Door, o Options) *Engine {
 // actor is who the engine is for the door.
 func actor() control.Actor { return control.Engine("incidents", TypeIncident+"/*") }
 
-// Blocks counts blocks and returns when that is durable. The same event may come
+// Blocks counts blocks and returns when that is durable. What does not matter is
+// left out. The same event may come
 // twice; it is counted once, as long as one process saw both.
 func (e *Engine) Blocks(ctx context.Context, events []incident.Event) error {
 	if len(events) == 0 {
@@ -192,7 +193,7 @@ func (r *recent) fresh(events []incident.Event) []incident.Event {
 	batch := map[string]bool{}
 	for i := range events {
 		id := events[i].ID
-		if id != "" && (r.seen[id] || batch[id]) {
+		if !events[i].Matters() || id != "" && (r.seen[id] || batch[id]) {
 			continue
 		}
 		batch[id] = true
