@@ -62,7 +62,7 @@ one transaction with a record of the audit log. See ringwall audit --help.`,
 	f.StringArrayVar(&o.probes, "probe-url", nil, "`URL` that probes of rollouts may ask, with all below it; repeat (default: none)")
 	o.audit.flags(c)
 	o.attest.flags(c)
-	c.AddCommand(newServerBackupCommand(e), newServerRestoreCommand(e))
+	c.AddCommand(newServerBackupCommand(e), newServerOpenAPICommand(e), newServerRestoreCommand(e))
 	return c
 }
 

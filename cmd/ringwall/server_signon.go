@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/ecdsa"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -14,6 +15,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/spf13/cobra"
 
 	"ringwall/internal/control"
 	"ringwall/internal/errs"
@@ -50,7 +53,46 @@ func (p *serverParts) api(base string, now func() time.Time) *httpapi.API {
 	return httpapi.New(p.door, p.log, now,
 		httpapi.WithSignOn(httpapi.SignOn{Memory: control.NewSignOn(p.door), Keys: p.keys, Base: base}),
 		httpapi.Remember(control.NewAnswers(p.door)),
-		httpapi.Mount(p.routes...))
+		httpapi.Mount(p.routes...),
+		httpapi.Describe(p.door.Kinds()))
+}
+
+func newServerOpenAPICommand(e *env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "openapi",
+		Short: "Print the OpenAPI document of the management API",
+		Long: `Prints what the server answers to GET /ringwall/openapi.json: OpenAPI 3.1, made of
+the routes and the types of documents of this version. No server runs for that.`,
+		Example: "  ringwall server openapi > ringwall-openapi.json",
+		Args:    exactly(),
+		RunE: func(c *cobra.Command, _ []string) (err error) {
+			dir, err := os.MkdirTemp("", "ringwall-openapi-")
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+			// with the flags as they are when nobody says anything
+			var o serverOptions
+			o.audit.flags(&cobra.Command{})
+			o.data = dir
+			p, err := openServer(c.Context(), o.url(), slog.New(slog.DiscardHandler))
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, p.close()) }()
+			quiet := *e
+			quiet.quiet = true
+			if err := o.assemble(c.Context(), &quiet, p); err != nil {
+				return err
+			}
+			b, err := httpapi.OpenAPI(p.api("https://localhost", e.now).Routes(), p.door.Kinds())
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(e.stdout, "%s\n", b)
+			return err
+		},
+	}
 }
 
 // baseURL is the server's URL for people: as --url says, else of the first

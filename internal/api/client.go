@@ -151,7 +151,7 @@ func refusal(resp *http.Response) error {
 		text = body.Error.Message
 	}
 	kinds := map[int]error{
-		http.StatusBadRequest: errs.Invalid, http.StatusUnauthorized: errs.Untrusted, http.StatusForbidden: errs.Denied,
+		http.StatusBadRequest: errs.Invalid, http.StatusUnauthorized: errs.Untrusted, http.StatusUnprocessableEntity: errs.Untrusted, http.StatusForbidden: errs.Denied,
 		http.StatusNotFound: errs.NotFound, http.StatusConflict: errs.Conflict, http.StatusPreconditionFailed: errs.Conflict,
 		http.StatusNotImplemented: errs.Unsupported,
 	}

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -46,7 +47,10 @@ const (
 
 // groupKind needs what assigning roles needs: a member has all roles of the group.
 func groupKind() Kind {
-	return Kind{Type: TypeUserGroup, Needs: []string{TypeRoleAssignment + "/write"}, Check: checkGroup}
+	return Kind{
+		Type: TypeUserGroup, Needs: []string{TypeRoleAssignment + "/write"}, Check: checkGroup, About: "A group of principals.",
+		Schema: json.RawMessage(`{"type":"object","required":["members"],"properties":{"displayName":{"type":"string"},"members":{"type":"array","items":{"type":"string"},"maxItems":10000}}}`),
+	}
 }
 
 func groupOf(d *resource.Document) (*Group, error) {

@@ -27,13 +27,25 @@ const (
 	kindDenyAssignment = "microsoft.authorization/denyassignments"
 )
 
+// Properties of Azure's documents, as far as they count here.
+const (
+	schemaPermission = `{"type":"object","properties":{"actions":{"type":"array","items":{"type":"string"}},"notActions":{"type":"array","items":{"type":"string"}},` +
+		`"dataActions":{"type":"array","items":{"type":"string"}},"notDataActions":{"type":"array","items":{"type":"string"}},"condition":{"type":"string"}}}`
+	schemaRole = `{"type":"object","required":["roleName","permissions","assignableScopes"],"properties":{"roleName":{"type":"string"},"type":{"const":"CustomRole"},` +
+		`"description":{"type":"string"},"assignableScopes":{"type":"array","items":{"type":"string"}},"permissions":{"type":"array","items":` + schemaPermission + `}}}`
+	schemaAssignment = `{"type":"object","required":["roleDefinitionId","principalId"],"properties":{"roleDefinitionId":{"type":"string"},"principalId":{"type":"string"},"condition":{"type":"string"}}}`
+	schemaPrincipals = `{"type":"array","items":{"type":"object","required":["id"],"properties":{"id":{"type":"string"}}}}`
+	schemaDeny       = `{"type":"object","required":["permissions","principals"],"properties":{"denyAssignmentName":{"type":"string"},"permissions":{"type":"array","items":` + schemaPermission + `},` +
+		`"principals":` + schemaPrincipals + `,"excludePrincipals":` + schemaPrincipals + `,"doNotApplyToChildScopes":{"type":"boolean"}}}`
+)
+
 func ownKinds() []Kind {
 	return append(identityKinds(), []Kind{
-		{Type: TypeSubscription},
-		{Type: TypeGroup},
-		{Type: TypeRoleDefinition, Check: checkRole},
-		{Type: TypeRoleAssignment, Check: checkAssignment},
-		{Type: TypeDenyAssignment, Check: checkDeny},
+		{Type: TypeSubscription, About: "What holds resource groups."},
+		{Type: TypeGroup, About: "What holds resources."},
+		{Type: TypeRoleDefinition, Check: checkRole, About: "A role: a set of actions.", Schema: json.RawMessage(schemaRole)},
+		{Type: TypeRoleAssignment, Check: checkAssignment, About: "Gives a role to a principal at a scope and below it.", Schema: json.RawMessage(schemaAssignment)},
+		{Type: TypeDenyAssignment, Check: checkDeny, About: "Takes actions away at a scope, whatever roles grant.", Schema: json.RawMessage(schemaDeny)},
 		groupKind(),
 		tokenKind(),
 	}...)

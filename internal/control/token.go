@@ -58,7 +58,11 @@ func tokenOf(d *resource.Document) (*Token, error) {
 // tokenKind needs what assigning roles needs, since a token is as good as all
 // roles of its principal.
 func tokenKind() Kind {
-	return Kind{Type: TypeToken, Needs: []string{TypeRoleAssignment + "/write"}, Check: checkToken}
+	return Kind{
+		Type: TypeToken, Needs: []string{TypeRoleAssignment + "/write"}, Check: checkToken, About: "A bearer token, named by its SHA-256.",
+		Schema: json.RawMessage(`{"type":"object","required":["principalId","displayName","expires"],"properties":{"principalId":{"type":"string"},` +
+			`"displayName":{"type":"string"},"groups":{"type":"array","items":{"type":"string"}},"expires":{"type":"string","format":"date-time"}}}`),
+	}
 }
 
 func checkToken(_ context.Context, _ Tx, _, d *resource.Document) error {

@@ -139,6 +139,9 @@ func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Au
 		return route.Serve(w, r, control.Actor{})
 	}
 	by, err := who(r)
+	if errors.Is(err, errs.Untrusted) {
+		return &statusError{status: http.StatusUnauthorized, code: "AuthenticationFailed", err: err}
+	}
 	if err != nil {
 		return err
 	}
@@ -149,6 +152,9 @@ func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Au
 	defer leave()
 	r = r.WithContext(context.WithValue(r.Context(), actorKey{}, *by))
 	if key := r.Header.Get("Idempotency-Key"); key != "" && a.answers != nil && r.Method != http.MethodGet {
+		if route.MaxBody > maxBody { // the body would have to be held in memory
+			return fmt.Errorf("Idempotency-Key is not taken here: repeating does no harm: %w", errs.Invalid)
+		}
 		return a.once(w, r, *by, key, route.Serve)
 	}
 	return route.Serve(w, r, *by)
@@ -181,7 +187,7 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, request string, err e
 		status int
 		code   string
 	}{
-		{errs.Untrusted, http.StatusUnauthorized, "AuthenticationFailed"},
+		{errs.Untrusted, http.StatusUnprocessableEntity, "Untrusted"}, // what was sent, not who sent it
 		{errs.Denied, http.StatusForbidden, "AuthorizationFailed"},
 		{errs.Invalid, http.StatusBadRequest, "InvalidRequest"},
 		{errs.NotFound, http.StatusNotFound, "ResourceNotFound"},
@@ -202,11 +208,11 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, request string, err e
 	}
 	switch {
 	case isOwn:
-		status, code, text = own.status, own.code, own.Error()
+		if status, code, text = own.status, own.code, own.Error(); status == http.StatusUnauthorized {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+		}
 	case status == http.StatusConflict && conditional:
 		status, code = http.StatusPreconditionFailed, "PreconditionFailed"
-	case status == http.StatusUnauthorized:
-		w.Header().Set("WWW-Authenticate", "Bearer")
 	case status == http.StatusInternalServerError:
 		a.log.ErrorContext(r.Context(), "request_failed", slog.String("request", request), slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Any("error", err))
 	}

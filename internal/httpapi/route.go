@@ -42,6 +42,7 @@ type Route struct {
 	Query   []Query // parameters behind the question mark
 	Body    any     // of a request: a value whose type says what is in it; nil: none
 	Answer  any     // of status 200
+	Media   string  // type of the answer; "" for JSON
 }
 
 // Query is a parameter behind the question mark.
@@ -69,9 +70,15 @@ func (a *API) Routes() []Route { return append([]Route{}, a.routes...) }
 
 func (a *API) ownRoutes() []Route {
 	return []Route{
-		{Method: http.MethodGet, Path: healthPath, Public: true, Serve: health},
-		{Method: http.MethodGet, Path: "/ringwall/watch", Serve: a.watch},
-		{Method: http.MethodGet, Path: "/ringwall/audit", Serve: a.audit},
+		{Method: http.MethodGet, Path: healthPath, Public: true, Serve: health, Summary: "Whether the server answers", Media: "text/plain"},
+		{
+			Method: http.MethodGet, Path: "/ringwall/watch", Serve: a.watch, Summary: "Changes of documents as they happen, without a gap", Media: "text/event-stream",
+			Query: []Query{{"below", "a place in the tree; default: the root"}, {"after", "begin after this revision; Last-Event-ID too"}},
+		},
+		{
+			Method: http.MethodGet, Path: "/ringwall/audit", Serve: a.audit, Summary: "Records of the audit log, a line each", Media: "application/jsonl",
+			Query: []Query{{"after", "begin after the record of this number"}},
+		},
 		{Method: http.MethodGet, Path: "/", Serve: a.get},
 		{Method: http.MethodPut, Path: "/", Serve: a.put},
 		{Method: http.MethodDelete, Path: "/", Serve: a.remove},

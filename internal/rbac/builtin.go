@@ -50,7 +50,7 @@ func BuiltIn() []*Role {
 			Actions: []string{
 				"*/read", "Ringwall.Incidents/*", "Ringwall.Fleet/halts/*",
 				"Ringwall.Fleet/rollouts/pause/action", "Ringwall.Fleet/rollouts/rollback/action",
-				"Ringwall.Fleet/hosts/isolate/action", "Ringwall.Fleet/hosts/release/action",
+				"Ringwall.Fleet/hosts/isolate/action", "Ringwall.Fleet/hosts/release/action", "Ringwall.Fleet/hosts/quarantine/action",
 			},
 		}),
 		role(Auditor, "Auditor", "Sees everything, the audit log too, and changes nothing.", Permission{
