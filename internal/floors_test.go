@@ -129,7 +129,7 @@ var outside = map[string][]string{
 	"signer":           {"go.yaml.in/yaml/v3"},
 	"codesign":         {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
 	"codesign/archive": {"github.com/ProtonMail/go-crypto"},
-	"kernelsig":        {"github.com/klauspost/compress", "github.com/ulikunitz/xz"},
+	"kernelsig":        {"github.com/klauspost/compress", "github.com/ulikunitz/xz", "github.com/pierrec/lz4/v4"},
 	"csv":              {"go.yaml.in/yaml/v3"},
 	"notify":           {"go.yaml.in/yaml/v3"},
 	"enforce":          {"github.com/cilium/ebpf", "golang.org/x/sys"},

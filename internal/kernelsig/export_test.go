@@ -1,7 +1,13 @@
 package kernelsig
 
-// Readers of kernels' compression.
-var (
-	Unxz  = unxz
-	Unlz4 = unlz4
-)
+import "io"
+
+// Decompress reads what a kernel is compressed with: the bytes and then the
+// size of what comes out.
+func Decompress(b []byte) ([]byte, error) {
+	r, err := decompress(b)
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(r)
+}

@@ -6,9 +6,12 @@ import (
 	"compress/gzip"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 	"github.com/ulikunitz/xz/lzma"
 
 	"ringwall/internal/errs"
@@ -56,7 +59,7 @@ func KernelCertificates(image []byte) (*KernelKeys, error) {
 
 // decompressKernel returns the kernel proper (the kernel's arch/x86/boot and
 // drivers/firmware/efi/libstub/zboot-header.S).
-func decompressKernel(b []byte) ([]byte, error) {
+func decompressKernel(b []byte) (io.Reader, error) {
 	switch {
 	case len(b) > 0x250 && string(b[0x202:0x206]) == "HdrS":
 		start := (uint64(b[0x1f1]) + 1) * 512
@@ -81,21 +84,21 @@ func decompressKernel(b []byte) ([]byte, error) {
 	case bytes.HasPrefix(b, []byte("\x1f\x8b")):
 		return decompress(b)
 	case bytes.HasPrefix(b, []byte("\x7fELF")), len(b) > 64 && string(b[56:60]) == "ARM\x64":
-		return b, nil
+		return bytes.NewReader(b), nil
 	}
 	return nil, fmt.Errorf("it is no kernel image that is known: %w", errs.Unsupported)
 }
 
 // decompress undoes what the kernel's build did. Except for gzip it appends the
 // size of what comes out.
-func decompress(b []byte) ([]byte, error) {
+func decompress(b []byte) (io.Reader, error) {
 	if bytes.HasPrefix(b, []byte("\x1f\x8b")) {
 		r, err := gzip.NewReader(bytes.NewReader(b))
 		if err != nil {
 			return nil, fmt.Errorf("gzip: %w: %w", err, errs.Invalid)
 		}
 		r.Multistream(false) // zeros may follow
-		return readLimited(r, maxVMLinux)
+		return limited(r, maxVMLinux), nil
 	}
 	size := binary.LittleEndian.Uint32(b[len(b)-4:])
 	if size > maxVMLinux {
@@ -111,43 +114,63 @@ func decompress(b []byte) ([]byte, error) {
 		if err != nil {
 			return nil, fmt.Errorf("zstd: %w: %w", err, errs.Invalid)
 		}
-		defer r.Close()
-		return readLimited(r, limit)
-	case bytes.HasPrefix(b, []byte(lz4Legacy)):
-		return unlz4(b, limit)
+		return limited(r, limit), nil
+	case bytes.HasPrefix(b, []byte("\x02\x21\x4c\x18")):
+		return limited(lz4.NewReader(bytes.NewReader(b)), limit), nil
 	case bytes.HasPrefix(b, []byte("BZh")):
-		return readLimited(bzip2.NewReader(bytes.NewReader(b)), limit)
+		return limited(bzip2.NewReader(bytes.NewReader(b)), limit), nil
 	case bytes.HasPrefix(b, []byte("\x5d\x00\x00")):
 		r, err := lzma.ReaderConfig{DictCap: maxXZDict}.NewReader(bytes.NewReader(b))
 		if err != nil {
 			return nil, fmt.Errorf("lzma: %w: %w", err, errs.Invalid)
 		}
-		return readLimited(r, limit)
+		return limited(r, limit), nil
 	}
-	return nil, fmt.Errorf("compression with the magic %x: %w", b[:4], errs.Unsupported)
+	return nil, fmt.Errorf("compression with the magic %x: %w", b[:min(4, len(b))], errs.Unsupported)
 }
 
 // findCertificates looks for certificates one after the other that are followed,
 // at the next multiple of eight, by the length of all of them and then by that
 // of the first, or by zero where the kernel has no key of its own for modules.
-func findCertificates(b []byte) (*KernelKeys, error) {
+// It holds a window of the kernel, not all of it.
+func findCertificates(r io.Reader) (*KernelKeys, error) {
+	const longest = maxKernelKeys*maxKernelCert + 32 // of a list
 	var found *KernelKeys
 	start := []byte{0x30, 0x82}
+	buf := make([]byte, 0, 4<<20)
 	for at := 0; ; {
-		i := bytes.Index(b[at:], start)
-		if i < 0 {
+		n, err := io.ReadFull(r, buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		last := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+		if err != nil && !last {
+			return nil, err
+		}
+		end := len(buf) - longest // a list that begins before ends in the window
+		if last {
+			end = len(buf)
+		}
+		for at < end {
+			i := bytes.Index(buf[at:], start)
+			if i < 0 || at+i >= end {
+				at = max(at, end)
+				break
+			}
+			at += i
+			k, next := certificateList(buf, at)
+			if k == nil {
+				at++
+				continue
+			}
+			if found != nil {
+				return nil, fmt.Errorf("more than one list of certificates: %w", errs.Invalid)
+			}
+			found, at = k, next
+		}
+		if last {
 			break
 		}
-		at += i
-		k, end := certificateList(b, at)
-		if k == nil {
-			at++
-			continue
-		}
-		if found != nil {
-			return nil, fmt.Errorf("more than one list of certificates: %w", errs.Invalid)
-		}
-		found, at = k, end
+		at -= end
+		buf = append(buf[:0], buf[end:]...)
 	}
 	if found == nil {
 		return nil, fmt.Errorf("no list of certificates in it: %w", errs.NotFound)
@@ -165,7 +188,7 @@ func certificateList(b []byte, at int) (k *KernelKeys, end int) {
 		if n > maxKernelCert || end+n > len(b) {
 			break
 		}
-		c, err := x509.ParseCertificate(b[end : end+n])
+		c, err := x509.ParseCertificate(bytes.Clone(b[end : end+n])) // it keeps them, and the window goes on
 		if err != nil {
 			break
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/elliptic"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -164,6 +166,11 @@ func TestKernelCertificates_refuses(t *testing.T) {
 	}
 }
 
+// sized decompresses as a boot image would have it, with the size behind.
+func sized(packed []byte, size int) ([]byte, error) {
+	return kernelsig.Decompress(binary.LittleEndian.AppendUint32(slices.Clone(packed), uint32(size)))
+}
+
 func TestUnlz4(t *testing.T) {
 	tool(t, "lz4")
 	code := read(t, tool(t, "openssl"))
@@ -174,14 +181,14 @@ func TestUnlz4(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := kernelsig.Unlz4(packed, len(code)); err != nil || !bytes.Equal(got, code) {
+	if got, err := sized(packed, len(code)); err != nil || !bytes.Equal(got, code) {
 		t.Fatalf("%d bytes of %d, %v", len(got), len(code), err)
 	}
-	if _, err := kernelsig.Unlz4(packed, len(code)-1); !errors.Is(err, errs.Invalid) {
+	if _, err := sized(packed, len(code)-1); !errors.Is(err, errs.Invalid) {
 		t.Errorf("beyond the limit: %v", err)
 	}
 	for n := 5; n < len(packed); n += 1 + len(packed)/40 {
-		if got, err := kernelsig.Unlz4(packed[:n], len(code)); err == nil && bytes.Equal(got, code) {
+		if got, err := sized(packed[:n], len(code)); err == nil && bytes.Equal(got, code) {
 			t.Errorf("cut at %d: all came out", n)
 		}
 	}
@@ -203,15 +210,15 @@ func TestUnxz(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := kernelsig.Unxz(packed, len(code))
+		got, err := sized(packed, len(code))
 		if err != nil || !bytes.Equal(got, code) {
 			t.Errorf("%v: %d bytes of %d, %v", args, len(got), len(code), err)
 		}
-		if _, err := kernelsig.Unxz(packed, len(code)-1); !errors.Is(err, errs.Invalid) {
+		if _, err := sized(packed, len(code)-1); !errors.Is(err, errs.Invalid) {
 			t.Errorf("%v: beyond the limit: %v", args, err)
 		}
 		for n := 0; n < len(packed); n += 1 + len(packed)/5 {
-			if _, err := kernelsig.Unxz(packed[:n], len(code)); err == nil {
+			if _, err := sized(packed[:n], len(code)); err == nil {
 				t.Errorf("%v: cut at %d: taken", args, n)
 			}
 		}

@@ -3,6 +3,7 @@ package kernelsig
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 
@@ -23,8 +24,8 @@ const (
 	xzFlagSizes = 0xc0
 )
 
-// unxz decompresses into at most limit bytes.
-func unxz(b []byte, limit int) ([]byte, error) {
+// unxz decompresses, to at most limit bytes.
+func unxz(b []byte, limit int) (io.Reader, error) {
 	bad := func(s string) error { return fmt.Errorf("xz: %s: %w", s, errs.Invalid) }
 	if len(b) < xzHeader+8 || !bytes.HasPrefix(b, []byte("\xfd7zXZ\x00")) {
 		return nil, bad("no stream header")
@@ -67,14 +68,10 @@ func unxz(b []byte, limit int) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("xz: %w: %w", err, errs.Invalid)
 	}
-	out, err := readLimited(r, limit)
-	if err != nil {
-		return nil, fmt.Errorf("xz: %w", err)
-	}
 	if x86 {
-		x86Filter(out)
+		return &x86Reader{r: limited(r, limit)}, nil
 	}
-	return out, nil
+	return limited(r, limit), nil
 }
 
 // xzNumber reads a multibyte integer; nil: there is none.
@@ -86,57 +83,101 @@ func xzNumber(b []byte) (n uint64, rest []byte) {
 	return n, b[size:]
 }
 
-// readLimited reads to the end, which must come within limit bytes.
-func readLimited(r io.Reader, limit int) ([]byte, error) {
-	out, err := io.ReadAll(io.LimitReader(r, int64(limit)+1))
-	if err != nil {
-		return nil, fmt.Errorf("decompress: %w: %w", err, errs.Invalid)
-	}
-	if len(out) > limit {
-		return nil, fmt.Errorf("more than %d bytes come out: %w", limit, errs.Invalid)
-	}
-	return out, nil
+// limited reads to the end of r, which must come within limit bytes. Its errors
+// are errs.Invalid.
+func limited(r io.Reader, limit int) io.Reader {
+	return &limitedReader{r: io.LimitReader(r, int64(limit)+1), limit: limit}
 }
 
-// x86Filter turns the absolute targets of calls and jumps back into relative
-// ones, in place (the "BCJ x86" filter of xz).
-func x86Filter(b []byte) {
+type limitedReader struct {
+	r        io.Reader
+	n, limit int
+}
+
+func (l *limitedReader) Read(p []byte) (int, error) {
+	n, err := l.r.Read(p)
+	if l.n += n; l.n > l.limit {
+		return 0, fmt.Errorf("decompress: more than %d bytes come out: %w", l.limit, errs.Invalid)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = fmt.Errorf("decompress: %w: %w", err, errs.Invalid)
+	}
+	return n, err
+}
+
+// x86Reader turns the absolute targets of calls and jumps back into relative
+// ones (the "BCJ x86" filter of xz).
+type x86Reader struct {
+	r        io.Reader
+	err      error // of r
+	buf      []byte
+	from, to int    // of buf: filtered, and not yet read
+	base     uint32 // place of buf in the whole
+	prevMask uint32
+	prev     int // the last opcode's place, in buf
+}
+
+// Read implements io.Reader.
+func (x *x86Reader) Read(p []byte) (int, error) {
+	for x.from == x.to {
+		if x.err != nil {
+			return 0, x.err
+		}
+		if x.buf == nil {
+			x.buf, x.prev = make([]byte, 0, 64<<10), -x86Far
+		}
+		rest := copy(x.buf, x.buf[x.to:])
+		x.prev, x.base = max(x.prev-x.to, -x86Far), x.base+uint32(x.to) //nolint:gosec // a buffer's length
+		var n int
+		n, x.err = x.r.Read(x.buf[rest:cap(x.buf)])
+		x.buf = x.buf[:rest+n]
+		x.from, x.to = 0, x.filter()
+		if x.err != nil {
+			x.to = len(x.buf) // too short for an instruction
+		}
+	}
+	n := copy(p, x.buf[x.from:x.to])
+	x.from += n
+	return n, nil
+}
+
+const x86Far = 8 // from here on an opcode before does not matter
+
+// filter works on buf, in place, and returns up to where.
+func (x *x86Reader) filter() int {
 	const maskOK, maskNumber = 0b10111, "\x00\x01\x02\x02\x03\x03\x03\x03"
 	outer := func(c byte) bool { return c == 0 || c == 0xff }
-	prevMask, prev := uint32(0), -1 // prev: the last opcode's place
-	if len(b) <= 4 {
-		return
-	}
-	for i := 0; i < len(b)-4; i++ {
+	b, i := x.buf, 0
+	for ; i < len(b)-4; i++ {
 		if b[i]&0xfe != 0xe8 {
 			continue
 		}
-		if d := i - prev; prev >= 0 && d <= 3 {
-			prevMask = prevMask << (d - 1) & 7
-			if prevMask != 0 {
-				c := b[i+4-int(maskNumber[prevMask])]
-				if maskOK>>prevMask&1 == 0 || outer(c) {
-					prev = i
-					prevMask = prevMask<<1 | 1
+		if d := i - x.prev; d <= 3 {
+			x.prevMask = x.prevMask << (d - 1) & 7
+			if x.prevMask != 0 {
+				c := b[i+4-int(maskNumber[x.prevMask])]
+				if maskOK>>x.prevMask&1 == 0 || outer(c) {
+					x.prev = i
+					x.prevMask = x.prevMask<<1 | 1
 					continue
 				}
 			}
 		} else {
-			prevMask = 0
+			x.prevMask = 0
 		}
-		prev = i
+		x.prev = i
 		if !outer(b[i+4]) {
-			prevMask = prevMask<<1 | 1
+			x.prevMask = x.prevMask<<1 | 1
 			continue
 		}
 		src := binary.LittleEndian.Uint32(b[i+1:])
 		var dest uint32
 		for {
-			dest = src - uint32(i+5)
-			if prevMask == 0 {
+			dest = src - (x.base + uint32(i+5)) //nolint:gosec // a buffer's length
+			if x.prevMask == 0 {
 				break
 			}
-			j := uint32(maskNumber[prevMask]) * 8
+			j := uint32(maskNumber[x.prevMask]) * 8
 			if !outer(byte(dest >> (24 - j) & 0xff)) {
 				break
 			}
@@ -146,4 +187,5 @@ func x86Filter(b []byte) {
 		binary.LittleEndian.PutUint32(b[i+1:], dest)
 		i += 4
 	}
+	return i
 }
