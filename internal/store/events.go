@@ -203,7 +203,7 @@ func (e *Events) AppendEvents(ctx context.Context, at time.Time, all []fleet.Eve
 	}
 	err = e.in(ctx, db, func(tx *sql.Tx) error {
 		for rest := all; len(rest) > 0; {
-			n := min(len(rest), rowsAtOnce)
+			n := min(len(rest), e.dialect.rows(10))
 			args := make([]any, 0, 10*n)
 			for i := range rest[:n] {
 				v := &rest[i]
@@ -216,7 +216,7 @@ func (e *Events) AppendEvents(ctx context.Context, at time.Time, all []fleet.Eve
 			}
 			rest = rest[n:]
 		}
-		if err := savePositions(ctx, tx, positions); err != nil {
+		if err := savePositions(ctx, tx, &e.dialect, positions); err != nil {
 			return err
 		}
 		if len(outbox) == 0 {
@@ -231,11 +231,11 @@ func (e *Events) AppendEvents(ctx context.Context, at time.Time, all []fleet.Eve
 	return nil
 }
 
-func savePositions(ctx context.Context, tx *sql.Tx, all []fleet.Position) error {
+func savePositions(ctx context.Context, tx *sql.Tx, d *dialect, all []fleet.Position) error {
 	// in one order, so that replicas do not wait for each other
 	all = slices.SortedStableFunc(slices.Values(all), func(a, b fleet.Position) int { return strings.Compare(a.Host, b.Host) })
 	for rest := all; len(rest) > 0; {
-		n := min(len(rest), rowsAtOnce)
+		n := min(len(rest), d.rows(4))
 		args := make([]any, 0, 4*n)
 		for _, p := range rest[:n] {
 			args = append(args, p.Host, p.Lane, p.Stream, int64(p.UpTo)) //nolint:gosec // bounded by the caller
@@ -417,7 +417,7 @@ func queryDay(ctx context.Context, db *sql.DB, day string, q *fleet.EventQuery, 
 // RecordSignals stores signals, for replicas and for those who come later.
 func (e *Events) RecordSignals(ctx context.Context, all []fleet.Signal) error {
 	for rest := all; len(rest) > 0; {
-		n := min(len(rest), rowsAtOnce)
+		n := min(len(rest), e.dialect.rows(5))
 		args := make([]any, 0, 5*n)
 		for _, s := range rest[:n] {
 			args = append(args, e.orderedID(s.At), s.At.UnixMicro(), s.Host, s.Name, s.Text)

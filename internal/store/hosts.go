@@ -21,8 +21,9 @@ const (
 	// may become visible after a later one.
 	overlap = 5 * time.Second
 	// ChunkPart is the size of a stored part of a chunk, in bytes.
-	ChunkPart  = 1 << 20
-	rowsAtOnce = 500
+	ChunkPart = 1 << 20
+	// inAtOnce is how many things a list in a statement names.
+	inAtOnce = 200
 )
 
 const grantColumns = "host, resource, certificate, key, old_key, assigned, assigned_us, written_us"
@@ -82,7 +83,7 @@ func (t *Tx) Assign(ctx context.Context, manifest integrity.Digest, hosts []stri
 		return err
 	}
 	for len(hosts) > 0 {
-		n := min(len(hosts), rowsAtOnce)
+		n := min(len(hosts), inAtOnce)
 		args := []any{orNull(manifest), t.now.UnixMicro()}
 		for _, h := range hosts[:n] {
 			args = append(args, h)
@@ -106,6 +107,17 @@ func tuple(from, n int) string {
 		b = strconv.AppendInt(append(b, '$'), int64(from+i), 10)
 	}
 	return string(append(b, ')'))
+}
+
+// rows is how many tuples of some width one statement may have. SQLite's driver
+// looks each parameter up among all of them, so that long statements are slow
+// there; on PostgreSQL each statement is a journey.
+func (d *dialect) rows(width int) int {
+	const few, many = 100, 5000 // parameters
+	if d.name == "sqlite" {
+		return max(1, few/width)
+	}
+	return many / width
 }
 
 // bulk is a statement with n tuples of width parameters each between head and
@@ -150,7 +162,7 @@ func (s *Store) GrantsSince(ctx context.Context, mark int64) (out []fleet.Grant,
 // and waits for no other writer of it.
 func (s *Store) SavePresence(ctx context.Context, node string, all []fleet.Presence) error {
 	for len(all) > 0 {
-		n := min(len(all), rowsAtOnce)
+		n := min(len(all), s.dialect.rows(5))
 		args := make([]any, 0, 5*n)
 		for i := range all[:n] {
 			p := &all[i]
@@ -272,7 +284,7 @@ func (t *Tx) Chunk(ctx context.Context, sha256 integrity.Digest, offset int64, l
 func (t *Tx) MissingChunks(ctx context.Context, all []integrity.Digest) ([]integrity.Digest, error) {
 	have := map[integrity.Digest]bool{}
 	for rest := all; len(rest) > 0; {
-		n := min(len(rest), rowsAtOnce)
+		n := min(len(rest), inAtOnce)
 		args := make([]any, n)
 		for i := range n {
 			args[i] = rest[i][:]

@@ -60,7 +60,7 @@ func (e *Events) RecordRuns(ctx context.Context, all []fleet.Execution, p fleet.
 	err = e.in(ctx, e.main, func(tx *sql.Tx) error {
 		fresh = 0
 		for rest := order; len(rest) > 0; {
-			n := min(len(rest), rowsAtOnce)
+			n := min(len(rest), e.dialect.rows(6))
 			items, seen := make([]any, 0, 6*n), make([]any, 0, 4*n)
 			for _, i := range rest[:n] {
 				x := &all[i]
@@ -83,7 +83,7 @@ func (e *Events) RecordRuns(ctx context.Context, all []fleet.Execution, p fleet.
 			}
 			rest = rest[n:]
 		}
-		return savePositions(ctx, tx, []fleet.Position{p})
+		return savePositions(ctx, tx, &e.dialect, []fleet.Position{p})
 	})
 	if err != nil {
 		return 0, fmt.Errorf("store %d executions: %w", len(all), err)
@@ -105,7 +105,7 @@ func (e *Events) runsOf(ctx context.Context, hosts []string, since time.Time) (m
 		from = since.Truncate(time.Hour).UnixMicro()
 	}
 	for rest := hosts; len(rest) > 0; {
-		n := min(len(rest), rowsAtOnce)
+		n := min(len(rest), inAtOnce)
 		args := []any{from}
 		for _, h := range rest[:n] {
 			b, err := hostBytes(h)
@@ -163,7 +163,7 @@ func (e *Events) Inventory(ctx context.Context, hosts []string, since time.Time,
 	}
 	byID := make(map[itemID]fleet.Item, len(ids))
 	for rest := ids; len(rest) > 0; {
-		n := min(len(rest), rowsAtOnce)
+		n := min(len(rest), inAtOnce)
 		args := make([]any, n)
 		for i := range n {
 			args[i] = rest[i][:]
