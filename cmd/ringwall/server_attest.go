@@ -41,6 +41,10 @@ func (o *attestOptions) flags(c *cobra.Command) {
 	f.StringVar(&o.catalogues, "attest-catalogues", "", "`DIR` of the *.cat files that hosts' measurements are looked up in; read again when it changes")
 }
 
+// keepArchives is how long the evidence of accepted rounds is kept. What was
+// refused stays.
+const keepArchives = 90 * 24 * time.Hour
+
 // withOrders adds what people may do about attestation to the documents of hosts.
 func withOrders(kinds []control.Kind) []control.Kind {
 	for i := range kinds {
@@ -100,6 +104,10 @@ func (p *serverParts) addAttestation(o *attestOptions, e *env, clients *pki.TLSA
 			}
 			if n, err := p.attestation.Sweep(ctx); err != nil || n > 0 {
 				p.log.WarnContext(ctx, "silent_hosts", "quarantined", n, "error", err)
+			}
+			err := p.store.Write(ctx, func(tx *store.Tx) error { return tx.PruneAttestationArchives(ctx, e.now().Add(-keepArchives)) })
+			if err != nil {
+				p.log.WarnContext(ctx, "archives_not_pruned", "error", err)
 			}
 		}
 	})

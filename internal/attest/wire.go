@@ -314,6 +314,7 @@ type HostRecord struct {
 	Enrolled  time.Time `json:"enrolled"`
 	LastGood  time.Time `json:"last_good"` // of the last round that was accepted
 	LastSeen  time.Time `json:"last_seen"` // of the last round
+	Archived  time.Time `json:"archived"`  // of the last round whose evidence was kept
 	State     *State    `json:"state,omitempty"`
 	// Clock of the last quote that held together, also of a round that was refused.
 	Clock   *Clock  `json:"clock,omitempty"`

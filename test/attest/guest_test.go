@@ -282,8 +282,10 @@ func start(t *testing.T, argv ...string) *exec.Cmd {
 	t.Helper()
 	c := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	runtime.LockOSThread() // the kernel ties the signal to the thread that forked
-	c.Stderr = os.Stderr
+	runtime.LockOSThread()  // the kernel ties the signal to the thread that forked
+	if argv[0] != "swtpm" { // which tells of every client that goes
+		c.Stderr = os.Stderr
+	}
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -436,16 +438,17 @@ func (g *guest) refused(what string, want ...attest.Reason) {
 func (g *guest) off() {
 	g.t.Helper()
 	fmt.Fprintf(g.port, "off\n")
-	g.stop()
+	g.stop(20 * time.Second)
 }
 
-func (g *guest) stop() {
+// stop ends the machine, by force after a while.
+func (g *guest) stop(wait time.Duration) {
 	_ = g.port.Close()
 	done := make(chan struct{})
 	go func() { _ = g.qemu.Wait(); close(done) }()
 	select {
 	case <-done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(wait):
 		_ = g.qemu.Process.Kill()
 		<-done
 	}

@@ -144,7 +144,7 @@ func (b *bench) others(took func(string)) {
 	if !saysInTime(b.t, g.console, "Access Denied") {
 		b.t.Error("the firmware does not say that it refused the unsigned image")
 	}
-	g.stop()
+	g.stop(0)
 	took("unsigned image")
 }
 

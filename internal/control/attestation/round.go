@@ -415,23 +415,38 @@ func Identity(fleet string, tpm attest.HostID) string {
 	return "spiffe://" + fleet + "/host/" + string(tpm)
 }
 
+// archiveEvery is how long rounds that only say the same again are not archived.
+const archiveEvery = 24 * time.Hour
+
+// worthKeeping: every round that was not wholly good, the first one of a boot,
+// every change of standing, and one a day.
+func worthKeeping(rec *attest.HostRecord, before attest.Standing, in *attest.Input, r *attest.Result) bool {
+	return r.Status != attest.Affirming || len(in.Evidence.EventLog) > 0 || rec.Standing != before || in.Now.Sub(rec.Archived) >= archiveEvery
+}
+
 // keep stores record, archive and, where the standing changed, an audit record
 // in one transaction. Two rounds of one host at the same time: one wins, the
 // other is errs.Conflict.
 func (s *Service) keep(ctx context.Context, rec *attest.HostRecord, before attest.Standing, in *attest.Input, r *attest.Result, signed []byte) error {
-	archive, err := attest.NewArchive(in, signed)
-	if err != nil {
-		return err
-	}
-	blob, err := zip(archive)
-	if err != nil {
-		return fmt.Errorf("archive: %w", err)
+	var blob []byte
+	if worthKeeping(rec, before, in, r) {
+		archive, err := attest.NewArchive(in, signed)
+		if err != nil {
+			return err
+		}
+		if blob, err = zip(archive); err != nil {
+			return fmt.Errorf("archive: %w", err)
+		}
+		rec.Archived = in.Now
 	}
 	return s.write(ctx, func(tx Tx) error {
 		if _, err := s.belongs(ctx, tx, rec.Host, rec.TPM); err != nil {
 			return err
 		}
-		err := errors.Join(tx.PutAttestation(ctx, rec), tx.PutAttestationArchive(ctx, rec.Host, in.Now, r.Status, blob))
+		err := tx.PutAttestation(ctx, rec)
+		if err == nil && blob != nil {
+			err = tx.PutAttestationArchive(ctx, rec.Host, in.Now, r.Status, blob)
+		}
 		if err != nil || rec.Standing == before {
 			return err
 		}
