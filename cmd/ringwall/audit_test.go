@@ -165,6 +165,12 @@ func TestAudit(t *testing.T) {
 		t.Errorf("%d events for %d records", n, len(lines)+1)
 	}
 	s.must(2, "admin", "", "audit", "export", "--format", "xml")
+	// Who may not read the log gets no checkpoint of it either.
+	_, token, _ := s.run("admin", "", "token", "create", "eve", "--quiet")
+	s.file("eve.token", []byte(token))
+	s.login("eve")
+	s.must(1, "eve", "", "audit", "verify", "--server")
+	s.must(1, "eve", "", "audit", "export", "--checkpoint", filepath.Join(s.dir, "eve.checkpoint"))
 	if code := s.stop(); code != 0 {
 		t.Errorf("the server ends with %d", code)
 	}

@@ -8,12 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -105,9 +106,9 @@ func (p *serverParts) addAudit(o *auditOptions, data string, names []string) err
 	if err != nil {
 		return err
 	}
-	var newest atomic.Pointer[[]byte]
-	if b, err := os.ReadFile(filepath.Join(dir, "checkpoint")); err == nil {
-		newest.Store(&b)
+	var newest newestCheckpoint
+	if note, err := os.ReadFile(filepath.Join(dir, "checkpoint")); err == nil {
+		newest.note = note
 	}
 	id := key.ID()
 	name := "audit-log " + hex.EncodeToString(id[:8])
@@ -116,20 +117,13 @@ func (p *serverParts) addAudit(o *auditOptions, data string, names []string) err
 		Open: func(ctx context.Context, seen pki.Frontier) (control.Sequence, error) {
 			return transparency.OpenSequence(ctx, dir, key, signer, seen)
 		},
-		Published: func(ctx context.Context, last audit.Checkpoint, note []byte) error {
-			newest.Store(&note)
-			for _, s := range senders {
-				// a receiver that is away does not hold up the publication: the next checkpoint stands for this one
-				if err := s.checkpoint(ctx, last, note); err != nil {
-					p.log.WarnContext(ctx, "checkpoint_not_sent", "to", s.name, "error", err)
-				}
-			}
-			return nil
-		},
+		Published: newest.set,
 	}
 	p.metrics.outbox(name)
 	p.loop(func(ctx context.Context) { _ = published.Run(ctx) })
 	for _, s := range senders {
+		wake := newest.wake()
+		p.loop(func(ctx context.Context) { s.checkpoints(ctx, &newest, wake, p.log) })
 		p.metrics.outbox(s.name)
 		p.lead(s.name, func(ctx context.Context, _ control.Fence) error {
 			return (&control.Forwarder{Outbox: p.store, Name: s.name, Send: s.records, Log: p.log}).Run(ctx)
@@ -142,15 +136,49 @@ func (p *serverParts) addAudit(o *auditOptions, data string, names []string) err
 			if _, err := p.door.Audit(r.Context(), by, 0, 1); err != nil { // who may read the log
 				return err
 			}
-			note := newest.Load()
+			_, note := newest.get()
 			if note == nil {
 				return fmt.Errorf("nothing was published yet: %w", errs.NotFound)
 			}
 			w.Header().Set("Content-Type", "application/json; charset=utf-8")
-			return json.NewEncoder(w).Encode(signedAudit{Key: key.String(), Checkpoint: string(*note)})
+			return json.NewEncoder(w).Encode(signedAudit{Key: key.String(), Checkpoint: string(note)})
 		},
 	})
 	return nil
+}
+
+// newestCheckpoint is the newest of the published log, and who waits for it.
+type newestCheckpoint struct {
+	mu    sync.Mutex
+	last  audit.Checkpoint // zero for one that was published before this start
+	note  []byte
+	wakes []chan struct{}
+}
+
+func (n *newestCheckpoint) get() (audit.Checkpoint, []byte) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.last, n.note
+}
+
+// wake returns what is signalled after each set.
+func (n *newestCheckpoint) wake() <-chan struct{} {
+	c := make(chan struct{}, 1)
+	n.wakes = append(n.wakes, c)
+	return c
+}
+
+// set implements control.Publisher.Published. Nobody who waits can hold it up.
+func (n *newestCheckpoint) set(last audit.Checkpoint, note []byte) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.last, n.note = last, note
+	for _, c := range n.wakes {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // signedAudit is what a server says of its published audit log.
@@ -188,12 +216,31 @@ func (o *auditOptions) senders() ([]*auditSender, error) {
 	return out, nil
 }
 
-const checkpointTimeout = 5 * time.Second
+const checkpointRetry = 5 * time.Second
 
-func (s *auditSender) checkpoint(ctx context.Context, last audit.Checkpoint, note []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, checkpointTimeout)
-	defer cancel()
-	return s.to.Send(ctx, syslog.Checkpoint(last, note, time.Now()))
+// checkpoints sends each new checkpoint until ctx ends. While the receiver is
+// away only the newest waits: it stands for those before.
+func (s *auditSender) checkpoints(ctx context.Context, newest *newestCheckpoint, wake <-chan struct{}, log *slog.Logger) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-wake:
+		}
+		for {
+			last, note := newest.get()
+			err := s.to.Send(ctx, syslog.Checkpoint(last, note, time.Now()))
+			if err == nil {
+				break
+			}
+			log.WarnContext(ctx, "checkpoint_not_sent", slog.String("to", s.name), slog.Any("error", err))
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(checkpointRetry):
+			}
+		}
+	}
 }
 
 func (s *auditSender) records(ctx context.Context, records []audit.Record) error {

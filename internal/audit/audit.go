@@ -143,9 +143,11 @@ func ParseCheckpoint(s string) (Checkpoint, error) {
 	number, hash, ok := strings.Cut(s, ":")
 	n, err := strconv.ParseUint(number, 10, 63)
 	if !ok || err != nil || c.Hash.UnmarshalText([]byte(hash)) != nil {
-		return c, fmt.Errorf("checkpoint %.100q: want NUMBER:HASH: %w", s, errs.Invalid)
+		return Checkpoint{}, fmt.Errorf("checkpoint %.100q: want NUMBER:HASH: %w", s, errs.Invalid)
 	}
-	c.Seq = n
+	if c.Seq = n; c.String() != s {
+		return Checkpoint{}, fmt.Errorf("checkpoint %.100q: not in its one spelling: %w", s, errs.Invalid)
+	}
 	return c, nil
 }
 

@@ -171,7 +171,7 @@ func TestParseCheckpoint(t *testing.T) {
 	if got, err := audit.ParseCheckpoint(c.String()); err != nil || got != c {
 		t.Errorf("%v, %v", got, err)
 	}
-	for _, bad := range []string{"", "3", "3:", ":" + c.Hash.String(), "-1:" + c.Hash.String(), c.String() + "0", "x:" + c.Hash.String(), "3:" + strings.Repeat("g", 64)} {
+	for _, bad := range []string{"", "3", "3:", ":" + c.Hash.String(), "0" + c.String(), strings.ToUpper(c.String()), "-1:" + c.Hash.String(), c.String() + "0", "x:" + c.Hash.String(), "3:" + strings.Repeat("g", 64)} {
 		if _, err := audit.ParseCheckpoint(bad); !errors.Is(err, errs.Invalid) {
 			t.Errorf("%q: %v", bad, err)
 		}
@@ -201,11 +201,14 @@ func FuzzVerify(f *testing.F) {
 	f.Add([]byte(`{"seq":1}`), "ana", "why")
 	f.Fuzz(func(t *testing.T, raw []byte, actor, reason string) {
 		_, _ = audit.Verify(bytes.NewReader(raw), audit.Checkpoint{})
+		if c, err := audit.ParseCheckpoint(actor); err == nil && c.String() != actor {
+			t.Errorf("%q reads as %s", actor, c)
+		}
 		r := audit.Record{Actor: actor, Action: "x", Outcome: audit.Refused, Reason: reason}
 		if r.Seal(audit.Checkpoint{}) != nil {
 			return
 		}
-		if _, err := audit.Verify(bytes.NewReader(export(t, []audit.Record{r})), audit.Checkpoint{}); err != nil {
+		if _, err := audit.VerifySigned(bytes.NewReader(export(t, []audit.Record{r})), []pki.Checkpoint{tree([]audit.Record{r})}); err != nil {
 			t.Error(err)
 		}
 	})

@@ -52,9 +52,8 @@ type Publisher struct {
 	// Open opens the log, which is known to hold what was seen.
 	Open func(ctx context.Context, seen pki.Frontier) (Sequence, error)
 	Log  *slog.Logger
-	// Published is told every checkpoint, and the last record in it. What it
-	// fails to do is done again.
-	Published func(ctx context.Context, last audit.Checkpoint, checkpoint []byte) error
+	// Published is told every checkpoint, and the last record in it.
+	Published func(last audit.Checkpoint, checkpoint []byte)
 }
 
 // published is the state that the outbox keeps for a log.
@@ -168,9 +167,7 @@ func (p *Publisher) step(ctx context.Context, log Sequence, last audit.Checkpoin
 	if err != nil || checkpoint == nil {
 		return last, err
 	}
-	if err := p.Published(ctx, last, checkpoint); err != nil {
-		return last, err
-	}
+	p.Published(last, checkpoint)
 	state := published{Hash: last.Hash, Checkpoint: string(checkpoint)}
 	for _, n := range log.Seen().Nodes {
 		state.Nodes = append(state.Nodes, n)

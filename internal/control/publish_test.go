@@ -71,7 +71,7 @@ func (p *press) publisher() (*control.Publisher, *bytes.Buffer) {
 			return transparency.OpenSequence(ctx, p.tiles(), p.key, p.priv, seen)
 		},
 		Log:       slog.New(slog.NewTextHandler(&said, nil)),
-		Published: func(context.Context, audit.Checkpoint, []byte) error { return nil },
+		Published: func(audit.Checkpoint, []byte) {},
 	}, &said
 }
 
@@ -142,6 +142,7 @@ func (p *press) agrees() uint64 {
 }
 
 func TestPublisher(t *testing.T) {
+	t.Parallel()
 	p := newPress(t)
 	p.write(300) // more than a page
 	if said := p.run(300, 20*time.Second); said != "" || p.agrees() != 300 {
@@ -173,6 +174,7 @@ func (p *press) sql(text string) {
 
 // Whatever does not agree is told and not published over.
 func TestPublisher_disagrees(t *testing.T) {
+	t.Parallel()
 	for name, tc := range map[string]struct {
 		harm func(p *press)
 		want string
@@ -217,6 +219,7 @@ func TestPublisher_disagrees(t *testing.T) {
 
 // Of two processes one writes the log; the other waits and says nothing.
 func TestPublisher_two(t *testing.T) {
+	t.Parallel()
 	p := newPress(t)
 	held, err := transparency.OpenSequence(t.Context(), p.tiles(), p.key, p.priv, pki.Frontier{})
 	if err != nil {
@@ -258,6 +261,7 @@ func TestPublisherProcess(t *testing.T) {
 // A server that is killed at any moment loses no record and publishes none
 // twice: the log and the chain agree, and go on.
 func TestPublisher_killed(t *testing.T) {
+	t.Parallel()
 	p := newPress(t)
 	acknowledged, published := 0, []uint64{}
 	for range 6 {
@@ -291,6 +295,7 @@ func TestPublisher_killed(t *testing.T) {
 
 // A receiver that is away gets everything later, in order.
 func TestForwarder(t *testing.T) {
+	t.Parallel()
 	p := newPress(t)
 	p.write(600)
 	var got []uint64
