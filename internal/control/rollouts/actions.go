@@ -230,10 +230,8 @@ func takeBack(ctx context.Context, c *call) error {
 	case s.Phase == rollout.Done && s.Over:
 		return fmt.Errorf("a later rollout has taken its place: %w", errs.Conflict)
 	case s.Phase == rollout.Done:
-		begun := func(o *Status) bool {
-			return o.Epoch > s.Epoch && o.Phase != rollout.Draft && o.Phase != rollout.Proposed && !o.Over
-		}
-		if err := c.alone(ctx, begun, "came later"); err != nil {
+		later := func(o *Status) bool { return o.Epoch > s.Epoch && !o.Begun.IsZero() }
+		if err := c.alone(ctx, later, "came later, so that hosts have a higher epoch: make a rollout of what they should have"); err != nil {
 			return err
 		}
 	case s.Phase != rollout.Proposed && s.Phase != rollout.Running:

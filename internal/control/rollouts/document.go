@@ -84,11 +84,12 @@ type Emergency struct {
 // Status is where a rollout stands.
 type Status struct {
 	rollout.State
-	Author string `json:"author,omitempty"` // object id of who started it
-	Paused string `json:"paused,omitempty"` // why, by whom
-	Check  *Check `json:"check,omitempty"`  // nil: not checked yet
-	Epoch  uint64 `json:"epoch,omitempty"`  // of the manifest
-	Undo   uint64 `json:"undo_epoch,omitempty"`
+	Author string    `json:"author,omitempty"` // object id of who started it
+	Begun  time.Time `json:"begun,omitzero"`   // approved, and hosts were placed
+	Paused string    `json:"paused,omitempty"` // why, by whom
+	Check  *Check    `json:"check,omitempty"`  // nil: not checked yet
+	Epoch  uint64    `json:"epoch,omitempty"`  // of the manifest
+	Undo   uint64    `json:"undo_epoch,omitempty"`
 	// Over: nothing of it is left to do, and its hosts are forgotten.
 	Over  bool           `json:"over,omitempty"`
 	Final []RingProgress `json:"final,omitempty"` // counts of the hosts that were forgotten

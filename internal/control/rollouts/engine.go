@@ -256,6 +256,9 @@ func (r *run) advance(ctx context.Context, x *entry, w *watched, next rollout.St
 		}
 		a.Reason = transition(s, &next)
 		s.State = next
+		if x.at(rollout.Proposed) && next.Phase == rollout.Running {
+			s.Begun = now.Truncate(time.Second)
+		}
 		if len(placed) == 0 {
 			return nil
 		}
@@ -438,8 +441,8 @@ func (r *run) give(ctx context.Context) error {
 		}
 		for id, rec := range w.hosts {
 			h, here := w.now[id]
-			if !here || rec.Admitted.IsZero() {
-				continue
+			if !here || rec.Admitted.IsZero() || h.Report.Epoch > epoch {
+				continue // it would refuse a lower epoch
 			}
 			have[id] = h.Assigned
 			if m := want[id]; epoch > m.epoch {

@@ -2,6 +2,7 @@ package rollouts_test
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
 	"ringwall/internal/incident"
+	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
 )
@@ -86,6 +88,59 @@ func TestEngine_bad(t *testing.T) {
 	}
 	if s.Final[0].Back != hit || s.Final[0].Flipped != hit {
 		t.Errorf("%+v", s.Final)
+	}
+}
+
+// What was taken back stays so although the rollout before it is done and still
+// says what its hosts get: epochs only grow.
+func TestEngine_afterRollback(t *testing.T) {
+	k := newKeys(t)
+	bad := k.content.put(t, k, 4, integrity.Digest{}, "")
+	badBack := k.content.put(t, k, 5, bad, "")
+	w := newWorld(t, 30, k)
+	w.fleet.epochs[bad], w.fleet.epochs[badBack] = 4, 5
+	w.begin(tenth)
+	w.until(change, rollout.Done, 10*time.Minute, 100)
+	w.fleet.breaks = func(x *fleet.Host) {
+		if x.Report.Manifest == bad {
+			x.Report.Flips = 1
+		}
+	}
+	second := group + "/providers/Ringwall.Fleet/rollouts/second"
+	w.put(second, fmt.Sprintf(`{"manifest":%q,"rollback":%q%s}`, bad, badBack, tenth))
+	w.must(ana(), second, "start", `{}`)
+	w.tick(0)
+	w.must(bob(), second, "approve", `{}`)
+	w.until(second, rollout.RolledBack, time.Minute, 20)
+	late := w.fleet.add("web-late")
+	for range 10 {
+		w.tick(time.Minute)
+	}
+	back, kept := w.fleet.count(isOn(badBack)), w.fleet.count(isOn(w.good))
+	if back == 0 || back+kept != 31 || late.Report.Manifest != w.good {
+		t.Errorf("%d went back, %d kept what they had, the late one has epoch %d", back, kept, late.Report.Epoch)
+	}
+	if n := w.fleet.count(func(x *fleet.Host) bool { return x.Assigned != x.Report.Manifest }); n != 0 {
+		t.Errorf("%d hosts are meant to have something else", n)
+	}
+	if err := w.act(ana(), change, "rollback", `{}`); !errors.Is(err, errs.Conflict) {
+		t.Errorf("hosts with a higher epoch would not go back: %v", err)
+	}
+	// The next one takes the place of both.
+	next := k.content.put(t, k, 6, integrity.Digest{}, "")
+	w.fleet.epochs[next] = 6
+	third := group + "/providers/Ringwall.Fleet/rollouts/third"
+	w.put(third, fmt.Sprintf(`{"manifest":%q,"no_rollback":true%s}`, next, tenth))
+	w.must(ana(), third, "start", `{}`)
+	w.tick(0)
+	w.must(bob(), third, "approve", `{}`)
+	w.until(third, rollout.Done, 10*time.Minute, 100)
+	w.tick(time.Minute)
+	if n := w.fleet.count(isOn(next)); n != 31 || !w.status(change).Over || w.status(third).Over {
+		t.Errorf("%d hosts have the third, the first is over: %v", n, w.status(change).Over)
+	}
+	if err := w.door.Delete(t.Context(), ana(), id(change), noCondition(), false); err != nil {
+		t.Errorf("delete what is over: %v", err)
 	}
 }
 

@@ -9,9 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"ringwall/internal/control"
+	"ringwall/internal/control/rollouts"
 	"ringwall/internal/fleet"
 	"ringwall/internal/integrity"
+	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
+	"ringwall/internal/store"
 )
 
 var errKilled = errors.New("killed")
@@ -128,4 +132,82 @@ func TestEngine_killed(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Once a halt or a pause is stored nobody is admitted, at whichever instruction
+// of the engine it comes.
+func TestEngine_stoppedAnywhere(t *testing.T) {
+	k := newKeys(t)
+	for name, stop := range map[string]func(*control.Door) error{
+		"halt": func(d *control.Door) error {
+			_, err := d.Put(context.Background(), ana(), resource.Document{ID: id(halts + "now"), Properties: []byte(`{"reason":"stop"}`)}, resource.When{}, false)
+			return err
+		},
+		"pause": func(d *control.Door) error {
+			_, err := d.Invoke(context.Background(), ana(), id(change), "pause", []byte(`{}`))
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			came, after := 0, 0
+			for n := 1; n <= 24; n++ {
+				if atStop, now := stopAt(t, k, n, stop); atStop >= 0 {
+					came++
+					after += min(atStop, 1)
+					if now != atStop {
+						t.Errorf("it came at call %d with %d hosts admitted, now %d are", n, atStop, now)
+					}
+				}
+			}
+			if came < 15 || after == 0 || after == came {
+				t.Errorf("it came %d times, %d of them after an admission: this tests nothing", came, after)
+			}
+		})
+	}
+}
+
+// stopAt stops a rollout when the engine leaves itself for the n-th time, and
+// returns how many hosts were admitted then (-1: it never came to that) and are
+// some rounds later.
+func stopAt(t *testing.T, k *keys, n int, stop func(*control.Door) error) (then, now int) {
+	t.Helper()
+	w := newWorld(t, 30, k)
+	w.begin(tenth)
+	bare, err := control.New(shelf{Store: w.store}, rollouts.Kinds(w.now)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	admitted := func() (n int) {
+		err := w.store.Read(t.Context(), func(tx *store.Tx) error {
+			all, err := tx.RolloutHosts(t.Context(), id(change).Key())
+			for i := range all {
+				if !all[i].Admitted.IsZero() {
+					n++
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return n
+	}
+	calls := 0
+	then = -1
+	w.fault = func() error {
+		if calls++; calls == n {
+			if err := stop(bare); err != nil {
+				t.Error(err)
+			}
+			then = admitted()
+		}
+		return nil
+	}
+	for range 6 {
+		_ = w.round(t.Context()) // that a write was refused is what is wanted
+		w.pass(10 * time.Second)
+		w.fleet.step()
+	}
+	w.fault = nil
+	return then, admitted()
 }
