@@ -27,7 +27,7 @@ only together with the PCRs does it say what happened. A quote by the TPM proves
 PCRs to others, and a policy says which machines are good.`,
 		newAttestLogCommand(e), newAttestIMACommand(e), newAttestEvidenceCommand(e), newAttestVerifyCommand(e), newAttestVerifyArchiveCommand(e),
 		newAttestLearnCommand(e), newAttestPredictCommand(e), newAttestMeasureCommand(e),
-		newAttestHostsCommand(e))
+		newAttestHostsCommand(e), newAttestArchiveCommand(e))
 	c.AddCommand(attestOrderCommands(e)...)
 	return c
 }

@@ -15,6 +15,7 @@ import (
 	"ringwall/internal/api"
 	"ringwall/internal/control/attestation"
 	"ringwall/internal/errs"
+	"ringwall/internal/host"
 )
 
 func newAttestHostsCommand(e *env) *cobra.Command {
@@ -70,6 +71,52 @@ JSON: {"hosts": [{"host", "tpm", "state", "why", "basis", "last_good", "last_see
 	}
 	c.Flags().StringVar(&standing, "standing", "", "only these: pending, trusted or quarantined")
 	complete(c, "standing", "pending", "trusted", "quarantined")
+	return c
+}
+
+func newAttestArchiveCommand(e *env) *cobra.Command {
+	var to, until string
+	c := &cobra.Command{
+		Use:   "archive HOST -o FILE",
+		Short: "Fetch a host's evidence with its signed result",
+		Long: `Fetches what the server kept of a host's last round that it kept, or of the last one
+before a time. Kept are refusals (for good) and, for 90 days, the first round of each
+boot and one a day. Verify it with ringwall attest verify-archive, anywhere.
+
+JSON: {"file", "bytes"}`,
+		Example: `  ringwall attest archive web-1 -o web-1.json.gz
+  ringwall attest archive web-1 --until 2031-05-01T03:00:00Z -o incident.json.gz`,
+		Args: exactly("HOST"),
+		RunE: func(c *cobra.Command, args []string) error {
+			client, err := connect(e)
+			if err != nil {
+				return err
+			}
+			h, err := oneHost(c.Context(), client, args[0])
+			if err != nil {
+				return err
+			}
+			q := url.Values{"host": {h.ID}}
+			if until != "" {
+				q.Set("until", until)
+			}
+			b, _, err := client.Do(c.Context(), api.Request{Method: http.MethodGet, Path: attestationPath + "/archive?" + q.Encode()})
+			if err != nil {
+				return err
+			}
+			if err := host.WriteFile(to, b, 0o600); err != nil {
+				return err
+			}
+			out := struct {
+				File  string `json:"file"`
+				Bytes int    `json:"bytes"`
+			}{to, len(b)}
+			return e.emit(out, func(w io.Writer) { fmt.Fprintf(w, "%s: %d bytes\n", shown(out.File), out.Bytes) })
+		},
+	}
+	c.Flags().StringVarP(&to, "out", "o", "", "write to this `FILE`")
+	c.Flags().StringVar(&until, "until", "", "the newest that is not later than this `TIME` (RFC 3339)")
+	require(c, "out")
 	return c
 }
 

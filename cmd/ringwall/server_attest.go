@@ -115,6 +115,42 @@ func (p *serverParts) addAttestation(o *attestOptions, e *env, clients *pki.TLSA
 		Method: http.MethodGet, Path: attestationPath, Serve: p.serveAttestation, Summary: "What hosts proved of themselves", Answer: attestationList{},
 		Query: []httpapi.Query{{Name: "standing", About: "pending, trusted or quarantined"}, {Name: "after", About: "id of the host that the page before ended with"}},
 	})
+	p.routes = append(p.routes, httpapi.Route{
+		Method: http.MethodGet, Path: attestationPath + "/archive", Serve: p.serveArchive, Slow: 10 * time.Minute,
+		Summary: "Evidence of a host with its signed result, for ringwall attest verify-archive",
+		Query:   []httpapi.Query{{Name: "host", About: "id of the host"}, {Name: "until", About: "the newest that is not later, RFC 3339 (default: now)"}},
+	})
+	return nil
+}
+
+// serveArchive gives the evidence of one round, packed with gzip, to whoever may
+// read the host.
+func (p *serverParts) serveArchive(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+	q := r.URL.Query()
+	until := time.Now()
+	if text := q.Get("until"); text != "" {
+		var err error
+		if until, err = time.Parse(time.RFC3339, text); err != nil {
+			return fmt.Errorf("until: %w: %w", err, errs.Invalid)
+		}
+	}
+	var d *resource.Document
+	if err := p.store.Read(r.Context(), func(tx *store.Tx) (err error) { d, err = documentOf(r.Context(), tx, q.Get("host")); return err }); err != nil {
+		return err
+	}
+	if _, err := p.door.Get(r.Context(), by, d.ID); err != nil {
+		return err
+	}
+	var blob []byte
+	err := p.store.Read(r.Context(), func(tx *store.Tx) (err error) {
+		blob, _, err = tx.AttestationArchive(r.Context(), q.Get("host"), until)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/gzip")
+	_, _ = w.Write(blob) // the client may be gone
 	return nil
 }
 

@@ -183,6 +183,12 @@ func TestServer_attestation(t *testing.T) {
 			t.Fatal("the quarantine is no incident")
 		}
 	}
+	file := filepath.Join(t.TempDir(), "archive")
+	s.must(0, "admin", "", "attest", "archive", "web-1", "-o", file)
+	if got := offline.must(0, "", "", "attest", "verify-archive", file, "--trust", keys, "--catalogue", filepath.Join(cats, "one.cat")); !strings.Contains(got, "contraindicated") {
+		t.Errorf("%s", got)
+	}
+	s.must(4, "admin", "", "attest", "archive", "web-1", "--until", "2001-01-01T00:00:00Z", "-o", file)
 	s.must(2, "admin", "", "attest", "readmit", "web-1")
 	s.must(4, "admin", "", "attest", "readmit", "web-9", "--reason", "x")
 	s.must(0, "admin", "", "attest", "readmit", "web-1", "--reason", "an installer, taken away again")
