@@ -161,6 +161,13 @@ func (o *bundleOptions) make(e *env, file string) (made *madeBundle, err error) 
 	if err != nil {
 		return nil, fmt.Errorf("policy: %w", err)
 	}
+	return o.makeOf(e, file, doc, scope, from, o.items)
+}
+
+// makeOf makes a bundle of a policy's text and what carry gives.
+func (o *bundleOptions) makeOf(e *env, file string, doc []byte, scope resource.ID, from time.Time,
+	carry func(*integrity.Policy, *bundleWriter) ([]codesign.Item, error),
+) (made *madeBundle, err error) {
 	p, err := integrity.ParseNamed(file, doc)
 	if err != nil {
 		return nil, err
@@ -177,7 +184,7 @@ func (o *bundleOptions) make(e *env, file string) (made *madeBundle, err error) 
 		return nil, err
 	}
 	b := &bundleWriter{dir: o.out, chunks: map[integrity.Digest]int{}}
-	items, err := o.items(p, b)
+	items, err := carry(p, b)
 	if err != nil {
 		return nil, err
 	}
@@ -327,74 +334,119 @@ func signBundle(s *pki.Signer, m codesign.Manifest, policy []byte, epoch uint64,
 // epochLine is where a policy says its epoch: at the top level, once.
 var epochLine = regexp.MustCompile(`(?m)^epoch:[ \t]*[0-9]+`)
 
+// bundleDir is the directory of a bundle that was made before.
+type bundleDir struct {
+	dir      string
+	manifest *codesign.Manifest // not verified: what is taken from it is
+}
+
+func openBundle(dir string) (*bundleDir, error) {
+	raw, err := readBounded(filepath.Join(dir, bundleManifest), codesign.MaxManifest)
+	if err != nil {
+		return nil, err
+	}
+	m, err := codesign.UnverifiedManifest(raw)
+	return &bundleDir{dir, m}, err
+}
+
+func (d *bundleDir) chunk(sum integrity.Digest, limit int64) ([]byte, error) {
+	data, err := readBounded(filepath.Join(d.dir, bundleChunks, sum.String()), limit)
+	if err == nil && integrity.Digest(sha256.Sum256(data)) != sum {
+		err = fmt.Errorf("chunk %v holds something else: %w", sum, errs.Untrusted)
+	}
+	return data, err
+}
+
+// policy is the policy's text, signed by whom p trusts; p nil: by whom it trusts
+// itself. What we sign again must be what we signed.
+func (d *bundleDir) policy(p *integrity.Policy) ([]byte, error) {
+	signed, err := d.chunk(d.manifest.Policy, maxBundleFile)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil {
+		_, claimed, err := pki.UnverifiedPayload(signed, maxPolicyFile)
+		if err == nil {
+			p, err = integrity.ParseNamed(filepath.Join(d.dir, "policy.yaml"), claimed)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	was, err := codesign.VerifyPolicy(signed, codesign.Roots(p, codesign.SignsPolicy))
+	if err != nil {
+		return nil, err
+	}
+	return was.YAML, nil
+}
+
+// items are its releases and supplements, copied to b.
+func (d *bundleDir) items(b *bundleWriter) ([]codesign.Item, error) {
+	var items []codesign.Item
+	for _, sum := range d.manifest.Index {
+		part, err := d.chunk(sum, codesign.MaxIndexPart)
+		if err != nil {
+			return nil, err
+		}
+		list, err := codesign.ReadIndex(part)
+		if err != nil {
+			return nil, err
+		}
+		items = append(items, list...)
+	}
+	for i := range items {
+		for _, sum := range hosts.Content(&items[i]) {
+			data, err := d.chunk(sum, maxCatalogueFile)
+			if err != nil {
+				return nil, err
+			}
+			if _, err := b.add(data); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return items, nil
+}
+
+// withEpoch is a policy's text with another epoch.
+func withEpoch(policy []byte, epoch uint64) ([]byte, error) {
+	if n := len(epochLine.FindAllIndex(policy, -1)); n != 1 {
+		return nil, fmt.Errorf("the policy has %d lines that begin with epoch: %w", n, errs.Invalid)
+	}
+	again := epochLine.ReplaceAll(policy, []byte("epoch: "+strconv.FormatUint(epoch, 10)))
+	p, err := integrity.ParseNamed("policy.yaml", again)
+	if err == nil && p.Epoch != epoch {
+		err = fmt.Errorf("the policy's epoch cannot be raised: %w", errs.Invalid)
+	}
+	return again, err
+}
+
 // rollback signs the content of the bundle before under the epoch after the new
 // one.
 func (o *bundleOptions) rollback(s *pki.Signer, m codesign.Manifest, p *integrity.Policy, b *bundleWriter) (*madeRollback, error) {
 	fail := func(err error) (*madeRollback, error) {
 		return nil, fmt.Errorf("previous bundle %s: %w", o.previous, err)
 	}
-	bundle, err := readBounded(filepath.Join(o.previous, bundleManifest), codesign.MaxManifest)
+	before, err := openBundle(o.previous)
 	if err != nil {
 		return fail(err)
 	}
-	before, err := codesign.UnverifiedManifest(bundle)
-	if err != nil {
-		return fail(err)
+	if p.Epoch < before.manifest.Epoch+2 {
+		return fail(hint(fmt.Errorf("it has epoch %d and the new policy %d: %w", before.manifest.Epoch, p.Epoch, errs.Conflict),
+			"say epoch: %d; the one between is for going back", before.manifest.Epoch+2))
 	}
-	if p.Epoch < before.Epoch+2 {
-		return fail(hint(fmt.Errorf("it has epoch %d and the new policy %d: %w", before.Epoch, p.Epoch, errs.Conflict),
-			"say epoch: %d; the one between is for going back", before.Epoch+2))
-	}
-	chunk := func(d integrity.Digest, limit int64) ([]byte, error) {
-		data, err := readBounded(filepath.Join(o.previous, bundleChunks, d.String()), limit)
-		if err == nil && integrity.Digest(sha256.Sum256(data)) != d {
-			err = fmt.Errorf("chunk %v holds something else: %w", d, errs.Untrusted)
-		}
-		return data, err
-	}
-	signed, err := chunk(before.Policy, maxBundleFile)
-	if err != nil {
-		return fail(err)
-	}
-	// what we sign again must be what we signed
-	was, err := codesign.VerifyPolicy(signed, codesign.Roots(p, codesign.SignsPolicy))
+	was, err := before.policy(p)
 	if err != nil {
 		return fail(err)
 	}
 	epoch := p.Epoch + 1
-	if n := len(epochLine.FindAllIndex(was.YAML, -1)); n != 1 {
-		return fail(fmt.Errorf("its policy has %d lines that begin with epoch: %w", n, errs.Invalid))
-	}
-	again := epochLine.ReplaceAll(was.YAML, []byte("epoch: "+strconv.FormatUint(epoch, 10)))
-	old, err := integrity.ParseNamed(filepath.Join(o.previous, "policy.yaml"), again)
-	if err == nil && old.Epoch != epoch {
-		err = fmt.Errorf("its policy's epoch cannot be raised: %w", errs.Invalid)
-	}
+	again, err := withEpoch(was, epoch)
 	if err != nil {
 		return fail(err)
 	}
-	var items []codesign.Item
-	for _, d := range before.Index {
-		part, err := chunk(d, codesign.MaxIndexPart)
-		if err != nil {
-			return fail(err)
-		}
-		list, err := codesign.ReadIndex(part)
-		if err != nil {
-			return fail(err)
-		}
-		items = append(items, list...)
-	}
-	for i := range items {
-		for _, d := range hosts.Content(&items[i]) {
-			data, err := chunk(d, maxCatalogueFile)
-			if err != nil {
-				return fail(err)
-			}
-			if _, err := b.add(data); err != nil {
-				return fail(err)
-			}
-		}
+	items, err := before.items(b)
+	if err != nil {
+		return fail(err)
 	}
 	out, err := signBundle(s, m, again, epoch, items, b)
 	if err != nil {
@@ -403,7 +455,7 @@ func (o *bundleOptions) rollback(s *pki.Signer, m codesign.Manifest, p *integrit
 	if err := host.WriteFile(filepath.Join(o.out, bundleRollback), out.bundle, 0o644); err != nil {
 		return fail(err)
 	}
-	return &madeRollback{Manifest: out.digest, Epoch: epoch, Of: before.Digest}, nil
+	return &madeRollback{Manifest: out.digest, Epoch: epoch, Of: before.manifest.Digest}, nil
 }
 
 func newBundlePushCommand(e *env) *cobra.Command {

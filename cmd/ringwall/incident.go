@@ -45,7 +45,7 @@ At three in the morning:
 		newIncidentStepCommand(e, "resolve", "Say that the cause is gone", "If the same is blocked again, the incident opens again by itself."),
 		newIncidentStepCommand(e, "close", "End an incident that is resolved and triaged", "What happens after that is another incident."),
 		newIncidentTextCommand(e, "comment", "Add a comment", "Comments cannot be changed or taken back."),
-		newIncidentSilenceCommand(e))
+		newIncidentSilenceCommand(e), newIncidentAuthoriseCommand(e), newIncidentDenyCommand(e))
 }
 
 // incidentDoc is an incident with its place in the tree.

@@ -14,6 +14,24 @@ import (
 	"ringwall/internal/testkit"
 )
 
+// putIncident stores a block, as the server would.
+func (s *fleetServer) putIncident(name string, at time.Time) {
+	s.t.Helper()
+	i, notices := incident.New(name, &incident.Event{
+		ID: "1", Scope: testGroup, Host: "web-1", Kind: "exec", Path: "/tmp/\x1b[31mminer", SHA256: strings.Repeat("ab", 32), Parent: "/usr/sbin/nginx",
+		Rule: "default", Reason: "not-listed", Mode: "enforce", Count: 3, At: at.UTC(),
+	})
+	stored := incidents.Stored{Incident: *i}
+	for _, n := range notices {
+		stored.Outbox = append(stored.Outbox, incidents.Outgoing{Notice: n, At: i.OpenedAt})
+	}
+	doc, err := json.Marshal(map[string]any{"properties": stored})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.must(0, "admin", string(doc), "resource", "put", testGroup+"/providers/"+incidents.TypeIncident+"/"+name, "--file", "-")
+}
+
 // TestIncident is a night on call: a page by mail, and what a person types.
 func TestIncident(t *testing.T) {
 	mail := testkit.StartMailServer(t)
@@ -32,21 +50,8 @@ func TestIncident(t *testing.T) {
 		t.Error(got)
 	}
 
-	// A block, as the server would store it.
 	const name = "inc-20310501-k3f9ab"
-	i, notices := incident.New(name, &incident.Event{
-		ID: "1", Scope: testGroup, Host: "web-1", Kind: "exec", Path: "/tmp/\x1b[31mminer", SHA256: strings.Repeat("ab", 32), Parent: "/usr/sbin/nginx",
-		Rule: "default", Reason: "not-listed", Mode: "enforce", Count: 3, At: time.Now().UTC(),
-	})
-	stored := incidents.Stored{Incident: *i}
-	for _, n := range notices {
-		stored.Outbox = append(stored.Outbox, incidents.Outgoing{Notice: n, At: i.OpenedAt})
-	}
-	doc, err := json.Marshal(map[string]any{"properties": stored})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.must(0, "admin", string(doc), "resource", "put", testGroup+"/providers/"+incidents.TypeIncident+"/"+name, "--file", "-")
+	s.putIncident(name, time.Now())
 	if got := mail.Wait(t, 1)[0]; !strings.Contains(got, "Subject: =?utf-8?q?") && !strings.Contains(got, "Subject: [warning]") || !strings.Contains(got, "ringwall incident ack "+name) {
 		t.Errorf("the page:\n%s", got)
 	}

@@ -162,7 +162,12 @@ func (o *rolloutStart) run(ctx context.Context, e *env, name string) error {
 	if err != nil {
 		return err
 	}
-	client, path, err := connectFor(e, rolloutCollection(o.scope)+"/"+name)
+	return startRollout(ctx, e, o.scope, name, spec)
+}
+
+// startRollout stores a rollout, starts it and shows what the server found.
+func startRollout(ctx context.Context, e *env, scope, name string, spec *rollouts.Spec) error {
+	client, path, err := connectFor(e, rolloutCollection(scope)+"/"+name)
 	if err != nil {
 		return err
 	}
