@@ -36,7 +36,7 @@ func lockData(dir string, alone bool) (release func() error, err error) {
 	if alone {
 		how = syscall.LOCK_EX
 	}
-	if err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB); err != nil { //nolint:gosec // a descriptor
+	if err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			err = fmt.Errorf("%s is in use: stop the server, or wait for the restore: %w", dir, errs.Conflict)
 		}

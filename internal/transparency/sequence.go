@@ -58,12 +58,12 @@ func (s *Sequence) open(ctx context.Context, dir string, key pki.LogKey, signer 
 	if s.lock, err = os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return err
 	}
-	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) { //nolint:gosec // a descriptor
+	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
 		return fmt.Errorf("another process writes it: %w", errs.Conflict)
 	} else if err != nil {
 		return err
 	}
-	if s.log, err = open(dir, key, signer); err != nil {
+	if s.log, err = open(dir, key, signer); err != nil { //nolint:contextcheck // the log outlives this call
 		return err
 	}
 	// What a crash left in the tree without a checkpoint gets one now.
@@ -114,8 +114,8 @@ func (s *Sequence) append(ctx context.Context, entries [][]byte) ([]byte, error)
 	var failed error
 	for i, f := range futures {
 		at, err := f()
-		if err == nil && at.Index != first+uint64(i) { //nolint:gosec // never negative
-			err = fmt.Errorf("entry %d became %d: something else writes the log: %w", first+uint64(i), at.Index, errs.Untrusted) //nolint:gosec // never negative
+		if err == nil && at.Index != first+uint64(i) {
+			err = fmt.Errorf("entry %d became %d: something else writes the log: %w", first+uint64(i), at.Index, errs.Untrusted)
 		}
 		failed = errors.Join(failed, err)
 	}
