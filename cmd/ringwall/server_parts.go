@@ -77,11 +77,15 @@ func (p *serverParts) lead(lease string, run func(ctx context.Context, f control
 	p.loop(func(ctx context.Context) { _ = p.leader.Run(ctx, lease, run) })
 }
 
-// start starts the loops; what it returns waits for their end, after ctx.
-func (p *serverParts) start(ctx context.Context) (wait func()) {
+// start starts the loops; what it returns ends them and waits for their end.
+func (p *serverParts) start(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for _, run := range p.loops {
 		wg.Go(func() { run(ctx) })
 	}
-	return wg.Wait
+	return func() {
+		cancel()
+		wg.Wait()
+	}
 }

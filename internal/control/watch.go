@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"ringwall/internal/errs"
 	"ringwall/internal/resource"
 )
 
@@ -17,14 +18,20 @@ const watchPage = 500
 // Watch hands every change after a revision to visit, in order and without a
 // gap, as far as the actor may read it, until ctx ends or visit fails. It
 // begins with what has happened already; errs.NotFound if the feed does not go
-// back so far. seen is called with each revision that was passed, so that a
-// watcher can resume there although nothing was visible to it.
+// back so far, or has not come so far. seen is called with each revision that
+// was passed, so that a watcher can resume there although nothing was visible to
+// it.
 func (d *Door) Watch(ctx context.Context, by Actor, below resource.ID, after uint64, visit func(resource.Change) error, seen func(uint64) error) error {
-	for {
+	for begun := false; ; begun = true {
 		signal := d.wake.wait()
 		var page []resource.Change
 		passed, more := after, false
 		err := d.store.Read(ctx, func(tx Tx) error {
+			if !begun {
+				if err := notAhead(ctx, tx, after); err != nil {
+					return err
+				}
+			}
 			all, err := tx.Changes(ctx, after, watchPage)
 			if err != nil {
 				return err
@@ -68,6 +75,16 @@ func (d *Door) Watch(ctx context.Context, by Actor, below resource.ID, after uin
 		case <-time.After(poll):
 		}
 	}
+}
+
+// notAhead refuses a watcher who has seen more than there is: the database was
+// restored, and what he knows is not its past.
+func notAhead(ctx context.Context, tx Tx, after uint64) error {
+	now, err := tx.Revision(ctx)
+	if err == nil && after > now {
+		err = fmt.Errorf("the feed has come to revision %d, not to %d: list everything and watch from then: %w", now, after, errs.NotFound)
+	}
+	return err
 }
 
 // wake tells watchers of this process that something was written.
