@@ -58,6 +58,7 @@ func (t *Tx) PutRolloutHosts(ctx context.Context, of string, records []rollout.R
 			}
 			args = append(args, of, r.Host, r.Ring, micro(r.Entered), micro(r.Admitted), micro(r.Applied), string(base))
 		}
+		//nolint:gosec // placeholders only
 		_, err := t.tx.ExecContext(ctx, "INSERT INTO rollout_host (rollout, host, ring, entered_us, admitted_us, applied_us, base) VALUES "+placeholders(len(part), 7)+`
 			ON CONFLICT (rollout, host) DO UPDATE SET ring = excluded.ring, entered_us = excluded.entered_us,
 			admitted_us = excluded.admitted_us, applied_us = excluded.applied_us, base = excluded.base`, args...)
@@ -100,6 +101,7 @@ func (t *Tx) AddRolloutHits(ctx context.Context, of string, hits []rollout.Hit) 
 			h := &part[i]
 			args = append(args, of, h.Host, h.Signal, micro(h.At), h.Text)
 		}
+		//nolint:gosec // placeholders only
 		_, err := t.tx.ExecContext(ctx, "INSERT INTO rollout_hit (rollout, host, signal, at_us, text) VALUES "+placeholders(len(part), 5)+
 			" ON CONFLICT (rollout, host, signal) DO NOTHING", args...)
 		if err != nil {

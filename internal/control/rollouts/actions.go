@@ -112,10 +112,12 @@ func (c *call) wrongPhase() error {
 	return fmt.Errorf("the rollout is %s: %w", c.r.Status.Phase, errs.Conflict)
 }
 
-// start proposes a rollout. Whoever does is its author.
+// start proposes a rollout. Whoever does is its author. One whose check found
+// problems is checked again: they may have been put right elsewhere.
 func start(ctx context.Context, c *call) error {
 	s := c.r.Status
-	if s.Phase != rollout.Draft {
+	again := s.Phase == rollout.Proposed && s.Check != nil && len(s.Check.Problems) > 0
+	if s.Phase != rollout.Draft && !again {
 		return c.wrongPhase()
 	}
 	if e := c.r.Emergency; e != nil && !c.now.Before(e.Until) {
@@ -124,7 +126,7 @@ func start(ctx context.Context, c *call) error {
 	if err := c.alone(ctx, func(o *Status) bool { return o.Phase.Active() }, "is under way there"); err != nil {
 		return err
 	}
-	s.Author = c.by.ID
+	s.Author, s.Check = c.by.ID, nil
 	s.State = rollout.State{Phase: rollout.Proposed, Revision: s.Revision + 1, Since: c.now}
 	return nil
 }

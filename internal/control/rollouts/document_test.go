@@ -125,6 +125,41 @@ func TestRollout_transitions(t *testing.T) {
 	}
 }
 
+// What was put right elsewhere is checked again; what was not begun can be
+// withdrawn, before and after it was checked.
+func TestRollout_beforeItBegins(t *testing.T) {
+	w := newWorld(t, 30, newKeys(t))
+	for _, x := range w.fleet.all {
+		x.Report.Epoch = 2
+	}
+	w.propose(tenth)
+	if s := w.status(change); len(s.Check.Problems) != 1 {
+		t.Fatalf("%+v", s.Check.Problems)
+	}
+	for _, x := range w.fleet.all {
+		x.Report.Epoch = 1
+	}
+	w.must(ana(), change, "start", `{}`)
+	if s := w.status(change); s.Check != nil {
+		t.Error("the old check stands")
+	}
+	w.must(ana(), change, "rollback", `{}`)
+	w.until(change, rollout.RolledBack, time.Second, 3)
+	w.tick(time.Second)
+	if s := w.status(change); !s.Over || !s.Begun.IsZero() {
+		t.Errorf("%+v", s)
+	}
+	second := group + "/providers/Ringwall.Fleet/rollouts/second"
+	w.put(second, fmt.Sprintf(`{"manifest":%q,"no_rollback":true}`, w.good))
+	w.must(ana(), second, "start", `{}`)
+	w.tick(time.Second)
+	w.must(ana(), second, "rollback", `{}`)
+	w.tick(time.Second)
+	if s := w.status(second); s.Phase != rollout.Stopped || !s.Over || w.fleet.assigned != 0 {
+		t.Errorf("%s, over %v, %d assignments", s.Phase, s.Over, w.fleet.assigned)
+	}
+}
+
 // An emergency needs two, who both are not its author, and collapses the rings.
 func TestRollout_emergency(t *testing.T) {
 	w := newWorld(t, 30, newKeys(t))
