@@ -95,7 +95,6 @@ csv verify, which asks about all of a build.`,
 	f.StringArrayVar(&o.report.outputs, "output", nil, "write the report as `FORMAT[=FILE]`; repeat (text, json, sarif, junit, markdown)")
 	f.BoolVar(&o.report.strict, "strict", false, "warnings are exit code 2")
 	o.report.notify.flags(c)
-	require(c, "policy", "image")
 	complete(c, "output", "text", "json", "sarif", "junit", "markdown")
 	complete(c, "init", "auto", "systemd", "none")
 	_ = c.MarkFlagFilename("policy", "yaml", "yml")
@@ -115,6 +114,8 @@ func (o *csvRunOptions) check() ([]output, [][]string, error) {
 		}
 	}
 	switch {
+	case o.where.Policy == "" || o.image == "":
+		return nil, nil, usage(errors.New("--policy and --image are missing: under what, and in what, the build is tried"))
 	case o.report.release != "" && o.report.archive != "":
 		return nil, nil, usage(errors.New("a build is signed or comes from an archive: give --release or --from-archive"))
 	case o.init != "auto" && o.init != "systemd" && o.init != "none":

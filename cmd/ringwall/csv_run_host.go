@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
+	"debug/elf"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -56,6 +57,9 @@ func (g *candidateGuest) run(ctx context.Context) (*csv.Run, error) {
 	how := "emulated, which takes a minute or more"
 	if hypervisor.HaveKVM() {
 		how = "by KVM"
+	}
+	if !isStatic() {
+		g.e.notef("this ringwall needs libraries, and the guest's kernel has none to start it with: build it with ./build, or with CGO_ENABLED=0")
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, g.timeout, errTooLong)
 	defer cancel()
@@ -147,6 +151,17 @@ func writeGuestInitramfs(path, modules string) error {
 		a.File(fmt.Sprintf("%s/%03d-%s", guestModules, i, m.Name), 0o600, m.Data)
 	}
 	return errors.Join(a.Close(), f.Close())
+}
+
+// isStatic says whether this program runs where there are no libraries yet, as it
+// must in the guest.
+func isStatic() bool {
+	f, err := elf.Open("/proc/self/exe")
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return !slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP })
 }
 
 // findKernel returns the boot image and its modules.
