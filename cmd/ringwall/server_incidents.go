@@ -138,7 +138,7 @@ func (p *serverParts) addIncidents(file string, now func() time.Time) error {
 	if err != nil {
 		return err
 	}
-	p.incidents = incidents.New(p.door, incidents.Options{Notifier: people, Log: p.log, Now: now})
+	p.incidents = incidents.New(p.door, incidents.Options{Notifier: people, Log: p.log, Now: now, Observe: p.metrics.incident, Open: p.metrics.openIncidents})
 	p.loop(func(ctx context.Context) { _ = p.incidents.Run(ctx) })
 	p.lead("incidents", func(ctx context.Context, f control.Fence) error { return p.incidents.Tell(ctx, p.door.Under(f)) })
 	return nil

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"ringwall/internal/control"
+	"ringwall/internal/incident"
 	"ringwall/internal/store"
 )
 
@@ -30,6 +31,9 @@ type serverMetrics struct {
 	failures *prometheus.CounterVec
 	leases   *prometheus.GaugeVec
 	outboxes *outboxCollector
+
+	incidents *prometheus.GaugeVec
+	steps     *prometheus.HistogramVec
 }
 
 func newServerMetrics(s *store.Store) *serverMetrics {
@@ -59,9 +63,16 @@ func newServerMetrics(s *store.Store) *serverMetrics {
 			Name: "ringwall_lease_held", Help: "1 while this replica runs the loop of a lease.",
 		}, []string{"lease"}),
 		outboxes: &outboxCollector{store: s},
+		incidents: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "ringwall_incidents_open", Help: "Incidents that are not closed, as the replica that tells people sees them.",
+		}, []string{"severity"}),
+		steps: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "ringwall_incident_step_seconds", Help: "From the opening of an incident to its first page, acknowledgement, mitigation and resolution.",
+			Buckets: []float64{1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600},
+		}, []string{"step"}),
 	}
 	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		m.requests, m.duration, m.inFlight, m.watchers, m.database, m.failures, m.leases, m.outboxes)
+		m.requests, m.duration, m.inFlight, m.watchers, m.database, m.failures, m.leases, m.outboxes, m.incidents, m.steps)
 	return m
 }
 
@@ -72,6 +83,18 @@ func (m *serverMetrics) held(lease string, yes bool) {
 		n = 1
 	}
 	m.leases.WithLabelValues(lease).Set(n)
+}
+
+// incident implements incidents.Observe.
+func (m *serverMetrics) incident(step string, took time.Duration) {
+	m.steps.WithLabelValues(step).Observe(took.Seconds())
+}
+
+// openIncidents says how much goes on.
+func (m *serverMetrics) openIncidents(n map[incident.Severity]int) {
+	for severity, k := range n {
+		m.incidents.WithLabelValues(string(severity)).Set(float64(k))
+	}
 }
 
 // outbox adds an outbox whose lag is shown.

@@ -147,15 +147,15 @@ func openServer(ctx context.Context, url string, log *slog.Logger) (*serverParts
 		return nil, err
 	}
 	p := newServerParts(s, log)
-	if p.door, err = control.New(p.metrics.store(managed{s}), serverKinds()...); err != nil {
+	if p.door, err = control.New(p.metrics.store(managed{s}), serverKinds(p.metrics)...); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return p, nil
 }
 
 // serverKinds are the types of documents of the server's parts.
-func serverKinds() []control.Kind {
-	return slices.Concat(incidents.Kinds(time.Now), withOrders(hosts.Kinds()), rollouts.Kinds(time.Now))
+func serverKinds(m *serverMetrics) []control.Kind {
+	return slices.Concat(incidents.Kinds(time.Now, m.incident), withOrders(hosts.Kinds()), rollouts.Kinds(time.Now))
 }
 
 func backupDatabase(ctx context.Context, url, file string) error {

@@ -77,11 +77,31 @@ func (s *Silence) matches(e *incident.Event) bool {
 	return true
 }
 
+// Observe is told how long a step of an incident took since it was opened: page,
+// acknowledge, mitigate or resolve.
+type Observe func(step string, took time.Duration)
+
 // Kinds are the types that the door must know. now is the clock that people's
-// actions are stamped with.
-func Kinds(now func() time.Time) []control.Kind {
+// actions are stamped with; observe may be nil.
+func Kinds(now func() time.Time, observe Observe) []control.Kind {
+	all := actions(now)
+	if observe != nil {
+		for step, at := range map[string]func(*Stored) time.Time{
+			"acknowledge": func(s *Stored) time.Time { return s.AcknowledgedAt },
+			"mitigate":    func(s *Stored) time.Time { return s.MitigatedAt },
+			"resolve":     func(s *Stored) time.Time { return s.ResolvedAt },
+		} {
+			a := all[step]
+			a.Done = func(_ context.Context, d *resource.Document) {
+				if s, err := read(d); err == nil { // it was just written
+					observe(step, at(s).Sub(s.OpenedAt))
+				}
+			}
+			all[step] = a
+		}
+	}
 	return []control.Kind{
-		{Type: TypeIncident, Check: checkIncident, Actions: actions(now)},
+		{Type: TypeIncident, Check: checkIncident, Actions: all},
 		{Type: TypeSilence, Check: checkSilence(now)},
 	}
 }

@@ -34,6 +34,9 @@ type Options struct {
 	Notifier Notifier // nil: nobody is told, which is logged
 	Log      *slog.Logger
 	Now      func() time.Time
+	Observe  Observe // may be nil
+	// Open is told now and then how many incidents of each severity go on; it may be nil.
+	Open func(map[incident.Severity]int)
 	// Gather is how long blocks are collected before they are stored together;
 	// 0: 100 milliseconds.
 	Gather time.Duration

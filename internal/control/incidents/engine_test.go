@@ -99,6 +99,15 @@ type lab struct {
 	door  *control.Door
 	pager *pager
 	clock *clock
+
+	mu    sync.Mutex
+	steps []string // that were observed
+}
+
+func (l *lab) observe(step string, took time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.steps = append(l.steps, fmt.Sprint(step, " ", took.Round(time.Minute)))
 }
 
 func newLab(t *testing.T) *lab {
@@ -109,7 +118,7 @@ func newLab(t *testing.T) *lab {
 	}
 	t.Cleanup(func() { _ = s.Close() })
 	l := &lab{t: t, pager: &pager{come: make(chan struct{}, 1)}, clock: &clock{t: time.Date(2031, 5, 1, 12, 0, 0, 0, time.UTC)}}
-	l.door, err = control.New(shelf{s}, incidents.Kinds(l.clock.now)...)
+	l.door, err = control.New(shelf{s}, incidents.Kinds(l.clock.now, l.observe)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +135,7 @@ func (l *lab) engine() (e *incidents.Engine, stop func()) {
 	l.t.Helper()
 	ctx, cancel := context.WithCancel(l.t.Context())
 	e = incidents.New(l.door, incidents.Options{
-		Notifier: l.pager, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: l.clock.now, Gather: 5 * time.Millisecond,
+		Notifier: l.pager, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: l.clock.now, Gather: 5 * time.Millisecond, Observe: l.observe,
 	})
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = e.Run(ctx) })
@@ -221,7 +230,7 @@ func TestEngine_life(t *testing.T) {
 		t.Fatal(err)
 	}
 	name := l.list()[0].ID
-	wait(t, "the page", func() bool { return l.pager.paged() == 1 })
+	wait(t, "the page", func() bool { return !l.list()[0].PagedAt.IsZero() })
 	l.clock.add(incident.EscalateAfter + time.Minute)
 	wait(t, "the escalation", func() bool { return l.pager.paged() == 2 })
 	for _, c := range []struct {
@@ -251,6 +260,9 @@ func TestEngine_life(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 	wait(t, "the outbox is empty", func() bool { return len(l.list()[0].Outbox) == 0 })
+	if want := "[page 0s acknowledge 16m0s mitigate 16m0s resolve 16m0s]"; fmt.Sprint(l.steps) != want {
+		t.Errorf("observed %v, want %s", l.steps, want)
+	}
 	// What happens after that is another incident.
 	if err := e.Blocks(t.Context(), []incident.Event{l.block(2)}); err != nil {
 		t.Fatal(err)

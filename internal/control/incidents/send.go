@@ -40,6 +40,7 @@ func (e *Engine) Tell(ctx context.Context, d Door) error {
 		if err != nil {
 			return err
 		}
+		t.count()
 		t.refresh(ctx)
 		select {
 		case <-ctx.Done():
@@ -55,6 +56,20 @@ type teller struct {
 	door              Door
 	open              cache
 	ticked, refreshed time.Time
+}
+
+// count tells how much goes on.
+func (t *teller) count() {
+	if t.e.o.Open == nil {
+		return
+	}
+	n := map[incident.Severity]int{incident.Info: 0, incident.Warning: 0, incident.High: 0, incident.Critical: 0}
+	for _, h := range t.open.incidents {
+		if h.now.State != incident.Closed {
+			n[h.now.Severity]++
+		}
+	}
+	t.e.o.Open(n)
 }
 
 // due says whether something that is done from time to time is to be done now. A
@@ -155,7 +170,20 @@ func (t *teller) send(ctx context.Context) error {
 	for key := range outcomes {
 		keys = append(keys, key)
 	}
-	return t.change(ctx, "tell/action", keys, func(key string, s *Stored) { s.told(outcomes[key], t.e.o.Now()) })
+	first := map[string]time.Duration{}
+	err := t.change(ctx, "tell/action", keys, func(key string, s *Stored) {
+		before := s.PagedAt
+		s.told(outcomes[key], t.e.o.Now())
+		if before.IsZero() && !s.PagedAt.IsZero() {
+			first[key] = s.PagedAt.Sub(s.OpenedAt)
+		}
+	})
+	if err == nil && t.e.o.Observe != nil {
+		for _, took := range first {
+			t.e.o.Observe("page", took)
+		}
+	}
+	return err
 }
 
 func (t *teller) sendOne(ctx context.Context, h *held) (out outcome) {
