@@ -20,9 +20,10 @@ func newAttestPredictCommand(e *env) *cobra.Command {
 		Use:   "predict FILE...",
 		Short: "Tell what booting a file will measure, before anybody boots it",
 		Long: `Reads signed boot images (unified kernel images, boot loaders, shims, kernels with
-an EFI stub), initrds and .pcrlock files, and prints the reference values that a
+an EFI stub), initrds, integrity policies (.yaml, as signed) and .pcrlock files, and prints the reference values that a
 machine's evidence has if it boots them: Authenticode digests (PCR 4), sections of a
-unified image (PCR 11), command lines and initrds as the kernel measures them (PCR 9).
+unified image (PCR 11), command lines and initrds as the kernel measures them (PCR 9),
+the record by which an agent shows that it enforces the policy (IMA).
 Run it where images are signed, on the signed file: signing pads it, so that the
 unsigned one has another digest.
 
@@ -32,7 +33,7 @@ boots any more are taken out by hand. --pcrlock DIR writes each component as
 DIR/NAME.pcrlock for systemd-pcrlock.
 
 JSON (always): {"format", "components": [{"name", "file", "image", "kernel",
-"sections": [{"name", "digests"}], "options", "loaded"}]}, or the policy`,
+"sections": [{"name", "digests"}], "options", "loaded", "records"}]}, or the policy`,
 		Example: `  ringwall attest predict linux.efi
   ringwall attest predict linux.efi --policy attestation.json -o attestation.json
   ringwall attest predict shimx64.efi grubx64.efi vmlinuz initrd.img --pcrlock /etc/pcrlock.d`,
@@ -89,6 +90,10 @@ func predictFile(path string) (*attest.Component, error) {
 	if strings.HasSuffix(path, ".pcrlock") {
 		return attest.ParsePCRLock(stem(path), b)
 	}
+	if strings.HasSuffix(path, ".yaml") {
+		c := attest.PredictPolicy(stem(path), b)
+		return &c, nil
+	}
 	if len(b) < 2 || string(b[:2]) != "MZ" {
 		c := attest.PredictFile(stem(path), b)
 		return &c, nil
@@ -136,7 +141,7 @@ func newAttestLearnCommand(e *env) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "learn FILE --name NAME",
 		Short: "Propose a policy from a machine that you know is good",
-		Long: `Reads a file of ringwall attest evidence and prints an attestation policy that
+		Long: `Reads a file of ringwall attest evidence, or of ringwall attest archive, and prints an attestation policy that
 accepts what this machine booted: firmware, Secure Boot's keys and lists, boot
 programs, sections of its image. It is a proposal: whoever signs it off says that
 the machine is good. Only what its quote covers goes in.
@@ -147,13 +152,9 @@ are believed) and policy_record; until then the policy refuses everybody.`,
 		Example: `  ringwall attest learn web-1.json --name "R650, BIOS 1.9.2" -o attestation.json`,
 		Args:    exactly("FILE"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			got, err := readCollected(args[0])
+			p, err := learnFrom(args[0], name)
 			if err != nil {
 				return err
-			}
-			p, err := got.Propose(name)
-			if err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
 			}
 			b, err := json.MarshalIndent(p, "", "  ")
 			if err != nil {
@@ -166,4 +167,23 @@ are believed) and policy_record; until then the policy refuses everybody.`,
 	c.Flags().StringVarP(&to, "out", "o", "", "write to this `FILE`")
 	require(c, "name")
 	return c
+}
+
+// learnFrom reads evidence as hosts collect it, or as servers keep it.
+func learnFrom(path, name string) (*attest.Policy, error) {
+	b, err := readZipped(path, attest.MaxArchive)
+	if err != nil {
+		return nil, err
+	}
+	var p *attest.Policy
+	c, err := attest.ParseCollected(b)
+	if err == nil {
+		p, err = c.Propose(name)
+	} else if archived, err2 := attest.ProposeArchived(b, name); err2 == nil {
+		p, err = archived, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return p, nil
 }

@@ -94,6 +94,9 @@ type Component struct {
 	// Options is the digest that the kernel measures of a unified image's command
 	// line, see OptionsDigest.
 	Options string `json:"options,omitempty"`
+	// Records are the digests of the records that a host shows whose agent
+	// enforces this integrity policy, see RecordDigests.
+	Records []string `json:"records,omitempty"`
 	// Loaded is SHA-256 of an initrd or other file that a boot loader measures
 	// into PCR 9.
 	Loaded string `json:"loaded,omitempty"`
@@ -124,6 +127,12 @@ func (r *References) AddTo(p *Policy) error {
 			if d != "" {
 				p.BootLoader = sorted(append(p.BootLoader, d))
 			}
+		}
+		if len(c.Records) > 0 {
+			if p.PolicyRecord.Path == "" {
+				p.PolicyRecord.Path = PolicyRecordPath
+			}
+			p.PolicyRecord.Digests = sorted(append(p.PolicyRecord.Digests, c.Records...))
 		}
 		for _, s := range c.Sections {
 			i := slices.IndexFunc(p.UKI, func(o Section) bool { return o.Name == s.Name })
@@ -179,6 +188,18 @@ func Predict(name string, file []byte, image [32]byte, parts []ImagePart, kernel
 		}
 	}
 	return c
+}
+
+// recordChanges is how often a host may change between policies and modes within
+// a boot and still be recognised.
+const recordChanges = 64
+
+// PredictPolicy makes the reference values of an integrity policy that is to be
+// enforced: text is what was signed.
+func PredictPolicy(name string, text []byte) Component {
+	sum := SHA256.sum(text)
+	records, _ := RecordDigests([][32]byte{[32]byte(sum)}, ModeEnforce, recordChanges) // few enough
+	return Component{Name: name, File: FormatDigest(SHA256, sum), Records: records}
 }
 
 // PredictFile makes the reference value of a file that a boot loader reads, such

@@ -233,28 +233,50 @@ func (c *Collected) Input(basis Basis, p *Policy, known Catalogues, now time.Tim
 // Propose is the policy that accepts what the machine booted, see Propose. The
 // quote must be the attestation key's.
 func (c *Collected) Propose(name string) (*Policy, error) {
-	ak, err := ParseAK(c.Identity.AK)
+	return propose(&c.Evidence, c.Evidence.EventLog, c.Question().Qualifying(c.Evidence.Claims), name)
+}
+
+// ProposeArchived is the policy that accepts what the machine of an archive
+// booted, whatever became of the round: a server's archives are where new
+// firmware is learned from. Who signed the archive is not asked.
+func ProposeArchived(archive []byte, name string) (*Policy, error) {
+	var a Archive
+	if err := pki.UnmarshalStrict(archive, &a, MaxArchive); err != nil {
+		return nil, fmt.Errorf("archive: %w", err)
+	}
+	if a.Format != archiveFormat {
+		return nil, fmt.Errorf("archive: format %.40q: %w", a.Format, errs.Invalid)
+	}
+	log := a.Evidence.EventLog
+	if len(log) == 0 {
+		log = a.BootLog
+	}
+	return propose(&a.Evidence, log, a.Challenge.Qualifying(a.Evidence.Claims), name)
+}
+
+func propose(ev *Evidence, rawLog, qualifying []byte, name string) (*Policy, error) {
+	ak, err := ParseAK(ev.AK)
 	if err != nil {
 		return nil, err
 	}
-	a, err := ParseAlg(c.Evidence.Bank)
+	a, err := ParseAlg(ev.Bank)
 	if err != nil {
 		return nil, err
 	}
-	bank, err := NewBank(a, c.Evidence.PCRs)
+	bank, err := NewBank(a, ev.PCRs)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := VerifyQuote(ak, c.Evidence.Quote, c.Question().Qualifying(c.Evidence.Claims), bank); err != nil {
+	if _, err := VerifyQuote(ak, ev.Quote, qualifying, bank); err != nil {
 		return nil, err
 	}
-	log, err := ParseLog(c.Evidence.EventLog)
+	log, err := ParseLog(rawLog)
 	if err != nil {
 		return nil, err
 	}
 	var user *UserspaceLog
-	if len(c.Evidence.UserspaceLog) > 0 {
-		if user, err = ParseUserspaceLog(c.Evidence.UserspaceLog); err != nil {
+	if len(ev.UserspaceLog) > 0 {
+		if user, err = ParseUserspaceLog(ev.UserspaceLog); err != nil {
 			return nil, err
 		}
 	}
