@@ -28,7 +28,8 @@ func newHostCommand(e *env) *cobra.Command {
 func newHostInitCommand(e *env) *cobra.Command {
 	var d hostDirs
 	var trust, policy, id, scope, webhook, tpm, root string
-	var releases, packages []string
+	var releases, packages, units []string
+	var flips int
 	c := &cobra.Command{
 		Use: "init", Short: "Give this host its first trust, policy and packages",
 		Long: `Set this host up. Nothing is enforced until the agent starts.
@@ -52,7 +53,7 @@ policy trusts are authorised.`,
 				return err
 			}
 			a.Host = id
-			a.Settings = agent.Settings{Scope: scope, Webhook: webhook, TPM: tpm}
+			a.Settings = agent.Settings{Scope: scope, Webhook: webhook, TPM: tpm, Units: units, Flips: flips}
 			u := agent.Setup{Anchor: a, Root: root}
 			if policy != "" {
 				if u.Policy, err = readBounded(policy, maxBundleFile); err != nil {
@@ -86,6 +87,8 @@ policy trusts are authorised.`,
 	f.StringVar(&scope, "scope", "", "cgroup v2 directory: govern its processes only, for trials")
 	f.StringVar(&webhook, "webhook", "", "post alerts there as JSON (https, or http to loopback)")
 	f.StringVar(&tpm, "tpm", "", "TPM device for the epoch floor; default: /dev/tpmrm0 if it is there")
+	f.StringSliceVar(&units, "watch-unit", nil, "in a fleet, take a new manifest back if this systemd `UNIT` goes down under it; repeat (default: ssh, network and D-Bus)")
+	f.IntVar(&flips, "max-flips", 0, "in a fleet, take a new manifest back if it refuses more than `N` contents in use (default 5)")
 	require(c, "trust")
 	return c
 }

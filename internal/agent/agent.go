@@ -193,6 +193,9 @@ func New(o Options) (*Agent, error) {
 	if a.opts.pace == (pace{}) {
 		a.opts.pace = normalPace()
 	}
+	if u := s.Settings().Units; len(u) > 0 {
+		a.opts.Units.Watch = u
+	}
 	a.outcome = s.readOutcome()
 	a.link = newLink(a)
 	a.bytecode = &bytecode{a: a, log: o.Log, lib: cmp.Or(o.usrLib, "/usr/lib"), status: BytecodeStatus{State: bytecodeWaiting, Why: "the agent has just started"}}

@@ -9,6 +9,12 @@
 // alerts), packages.go (trust in a package archive), control.go (what the
 // command line asks of a running agent).
 //
+// Of a host in a fleet: bundle.go (what a manifest brings), chunks.go (content by
+// its digest), provisional.go (a manifest on trial, and the way back), flip.go
+// (what it refuses that the one before did not), link.go (the server), link_join.go
+// (becoming a member), link_report.go (how the host stands), spool.go and
+// link_push.go (what waits for the server), link_inventory.go (what ran).
+//
 // Nothing that reaches the agent from outside is believed without a signature:
 // root may hand in any document, and only one that a trusted authority signed
 // changes anything.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -80,7 +81,7 @@ func normalPace() pace {
 
 // maxFlips is how many distinct contents a manifest may deny that the one before
 // allowed, before the host goes back by itself. The server stops a rollout
-// earlier than that.
+// earlier than that. Settings may say otherwise.
 const maxFlips = 5
 
 // errLater is for what may be right later: the manifest is tried again.
@@ -381,9 +382,10 @@ func (a *Agent) judgeTrial(ctx context.Context) {
 		missing = append(missing, "units not looked at yet")
 	}
 	var err error
+	most := cmp.Or(a.state.Settings().Flips, maxFlips)
 	switch flips := a.pipe.flipCount(); {
-	case flips > maxFlips:
-		err = a.back(ctx, fmt.Sprintf("it denies %d contents that the manifest before allows and that were used (at most %d)", flips, maxFlips))
+	case flips > most:
+		err = a.back(ctx, fmt.Sprintf("it denies %d contents that the manifest before allows and that were used (at most %d)", flips, most))
 	case !a.canary.OK:
 		err = a.back(ctx, "the canary failed: "+a.canary.Error)
 	case len(missing) == 0 && age >= a.opts.pace.trialMin:

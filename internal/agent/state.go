@@ -82,6 +82,13 @@ type Settings struct {
 	Scope   string `json:"scope,omitempty"`   // cgroup v2 directory that alone is governed; "" is the whole host
 	Webhook string `json:"webhook,omitempty"` // where alerts are posted; https, or http on loopback
 	TPM     string `json:"tpm,omitempty"`     // TPM device for the epoch floor; "" for the first that is there
+	// Units of systemd without which nobody reaches or needs this host: a fleet's
+	// manifest is taken back when one that was active no longer is. Empty: those of
+	// ssh, network and D-Bus.
+	Units []string `json:"units,omitempty"`
+	// Flips is how many distinct contents a fleet's manifest may deny that the one
+	// before allowed; 0: a few.
+	Flips int `json:"flips,omitempty"`
 }
 
 // State is the state directory. It is used by one goroutine at a time.
@@ -155,6 +162,14 @@ func OpenState(dir string) (*State, error) {
 func (c Settings) check() error {
 	if c.Scope != "" && !filepath.IsAbs(c.Scope) {
 		return fmt.Errorf("scope %q is not an absolute path: %w", c.Scope, errs.Invalid)
+	}
+	if len(c.Units) > maxUnits || c.Flips < 0 {
+		return fmt.Errorf("%d units (at most %d), or %d flips: %w", len(c.Units), maxUnits, c.Flips, errs.Invalid)
+	}
+	for _, u := range c.Units {
+		if u == "" || len(u) > 255 || u[0] == '-' || strings.ContainsFunc(u, func(r rune) bool { return r <= ' ' || r > '~' || r == '/' }) {
+			return fmt.Errorf("unit %.80q: want a name like ssh.service: %w", u, errs.Invalid)
+		}
 	}
 	if c.Webhook != "" {
 		return checkWebhook(c.Webhook)

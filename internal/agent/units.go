@@ -23,6 +23,7 @@ type Units struct {
 const (
 	unitsWait      = 10 * time.Second
 	maxFailedUnits = 32
+	maxUnits       = 32 // to watch
 )
 
 // DefaultUnits asks systemd, if this machine runs it.
