@@ -301,6 +301,10 @@ func (q *whatIf) live(ctx context.Context, e *env, cache packageCache) (*csv.Liv
 	if err != nil {
 		return nil, err
 	}
+	supplements, err := digestsOf(q.supplements)
+	if err != nil {
+		return nil, err
+	}
 	if p, err = joinFiles(p, q.supplements); err != nil {
 		return nil, err
 	}
@@ -312,7 +316,20 @@ func (q *whatIf) live(ctx context.Context, e *env, cache packageCache) (*csv.Liv
 	if err != nil {
 		return nil, err
 	}
-	return &csv.Live{Policy: p, Sources: append(sources, packages...)}, nil
+	return &csv.Live{Policy: p, Sources: append(sources, packages...), Supplements: supplements}, nil
+}
+
+// digestsOf returns the digests of policies.
+func digestsOf(files []string) ([]integrity.Digest, error) {
+	var out []integrity.Digest
+	for _, f := range files {
+		p, err := loadPolicy(f)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, p.Digest)
+	}
+	return out, nil
 }
 
 // packageCache keeps what packages hold, since cells share most of them.

@@ -18,7 +18,7 @@ import (
 
 type csvConfirm struct {
 	trust, verifier, ring string
-	policies              []string
+	policies, supplements []string
 	maxAge                time.Duration
 }
 
@@ -40,7 +40,8 @@ func newCSVConfirmCommand(e *env) *cobra.Command {
 		Long: `For whoever ships: reads a verdict that csv verify --output svr signed, and asks
 whether it is about this very artefact, made by somebody who may, not too old, and
 whether each policy given (the one that the hosts run now) is among those that it
-passed under. A policy that is newer than the verdict is not: verify again.
+passed under, with the supplements given and no others. A policy that is newer than
+the verdict is not: verify again.
 
 Whom to believe stands in an authority's directory, or in the trust section of a
 product's release policy; --verifier says whose verdict it must be.
@@ -49,13 +50,14 @@ Exit code 0: ship it. 1: the verdict does not cover this. 4: it is not trusted, 
 too old.
 
 JSON: {"artefact", "verifier", "at", "inventory", "outcome", "policies":
-[{"ring", "name", "epoch", "sha256", "outcome"}]}`,
+[{"ring", "name", "epoch", "sha256", "supplements", "outcome"}]}`,
 		Example: `  ringwall csv confirm csv.svr.json edged_4.7.0_amd64.deb --trust keys --policy base.yaml --ring prod`,
 		Args:    exactly("VERDICT", "ARTEFACT"),
 		RunE:    func(c *cobra.Command, args []string) error { return o.run(c, e, args[0], args[1]) },
 	}
 	f := c.Flags()
 	f.StringVar(&o.trust, "trust", "", "whom to believe: an authority's `DIR`, or a release policy's YAML")
+	f.StringArrayVar(&o.supplements, "supplement", nil, "the YAML `FILE` of a supplement that these hosts run; repeat")
 	f.StringArrayVar(&o.policies, "policy", nil, "the YAML `FILE` of a policy that the hosts run; repeat")
 	f.StringVar(&o.ring, "ring", "", "the `RING` that it goes to (default: a verdict without rings)")
 	f.StringVar(&o.verifier, "verifier", "", "whose verdict it must be, as a `URI` (default: anybody's whom --trust lets attest)")
@@ -95,12 +97,16 @@ func (o *csvConfirm) run(c *cobra.Command, e *env, file, artefact string) error 
 			return fmt.Errorf("artefact: %w", err)
 		}
 	}
+	supplements, err := digestsOf(o.supplements)
+	if err != nil {
+		return err
+	}
 	for _, name := range o.policies {
 		p, err := loadPolicy(name)
 		if err != nil {
 			return err
 		}
-		if err := v.Covers(a.digest(), p.Digest, o.ring); err != nil {
+		if err := v.Covers(a.digest(), p.Digest, o.ring, supplements...); err != nil {
 			return codedError{csv.ExitBlock, err}
 		}
 	}

@@ -20,6 +20,8 @@ import (
 type Live struct {
 	Policy  *integrity.Policy
 	Sources []integrity.Source
+	// Supplements are the digests of the documents that were joined into Policy.
+	Supplements []integrity.Digest
 }
 
 // Cell is hosts that decide alike: one ring, one policy with its sources, one

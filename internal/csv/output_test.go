@@ -303,6 +303,24 @@ func TestVerdict(t *testing.T) {
 		}
 	}
 
+	// A policy that is joined with supplements is another one.
+	r.Cells[0].Supplements = []string{integrity.Digest{5}.String()}
+	joined, err := csv.SignVerdict(signer(pki.PurposeAttest, who), r, who)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err = csv.VerifyVerdict(joined, roots); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Covers(artefact, canary, "canary", integrity.Digest{5}); err != nil {
+		t.Error(err)
+	}
+	for _, other := range [][]integrity.Digest{nil, {{6}}, {{5}, {6}}} {
+		if err := v.Covers(artefact, canary, "canary", other...); !errors.Is(err, errs.Denied) {
+			t.Errorf("supplements %v: %v", other, err)
+		}
+	}
+
 	// Whose word does not count.
 	if _, err := csv.VerifyVerdict(b, newLab(t).a.Roots(pki.PurposeAttest)); !errors.Is(err, errs.Untrusted) {
 		t.Errorf("another authority: %v", err)

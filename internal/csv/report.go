@@ -65,6 +65,7 @@ type CellResult struct {
 	Policy       string   `json:"policy"`
 	Epoch        uint64   `json:"epoch"`
 	PolicySHA256 string   `json:"policy_sha256"`
+	Supplements  []string `json:"supplements,omitempty"` // SHA-256 of each
 	Agent        string   `json:"agent,omitempty"`
 	Kernel       string   `json:"kernel,omitempty"`
 	Allowed      int      `json:"allowed"`
@@ -86,7 +87,7 @@ func (j *judge) report(v *Inventory) *Report {
 		c := &r.Cells[i]
 		c.Policy, c.Epoch, c.Unloaded = col.name, col.epoch, !col.live
 		if col.live {
-			c.PolicySHA256 = col.digest.String()
+			c.PolicySHA256, c.Supplements = col.digest.String(), col.supplements
 		}
 		c.Allowed, c.Blocked, c.Logged, c.Unasked = col.allowed, col.blocked, col.logged, col.off
 	}

@@ -62,7 +62,23 @@ type VerdictPolicy struct {
 	Name    string   `json:"name"`
 	Epoch   uint64   `json:"epoch"`
 	SHA256  string   `json:"sha256"`
-	Outcome Severity `json:"outcome"`
+	// Supplements are the SHA-256 of those that it was joined with, in order.
+	Supplements []string `json:"supplements,omitempty"`
+	Outcome     Severity `json:"outcome"`
+}
+
+func (p *VerdictPolicy) equal(q *VerdictPolicy) bool {
+	return p.Ring == q.Ring && p.Name == q.Name && p.Epoch == q.Epoch && p.SHA256 == q.SHA256 && p.Outcome == q.Outcome && slices.Equal(p.Supplements, q.Supplements)
+}
+
+// digestsInOrder spells digests, so that two sets compare.
+func digestsInOrder(list []integrity.Digest) []string {
+	var out []string
+	for _, d := range list {
+		out = append(out, d.String())
+	}
+	slices.Sort(out)
+	return out
 }
 
 // Verdict is a verified verdict.
@@ -92,8 +108,8 @@ func SignVerdict(s *pki.Signer, r *Report, verifier string) ([]byte, error) {
 	}
 	for i := range r.Cells {
 		c := &r.Cells[i]
-		p := VerdictPolicy{c.Ring, c.Policy, c.Epoch, c.PolicySHA256, c.Outcome}
-		if !slices.Contains(body.Policies, p) {
+		p := VerdictPolicy{c.Ring, c.Policy, c.Epoch, c.PolicySHA256, c.Supplements, c.Outcome}
+		if !slices.ContainsFunc(body.Policies, func(q VerdictPolicy) bool { return q.equal(&p) }) {
 			body.Policies = append(body.Policies, p)
 		}
 	}
@@ -183,20 +199,22 @@ func VerifyVerdict(bundle []byte, roots pki.TrustRoots) (*Verdict, error) {
 	return v, nil
 }
 
-// Covers says whether a verdict lets an artefact go to hosts that run a policy.
-// It fails closed: a policy that the verdict does not know, because it is newer
-// than the verdict or of another ring, is errs.Denied.
-func (v *Verdict) Covers(artefact, policy integrity.Digest, ring string) error {
+// Covers says whether a verdict lets an artefact go to hosts that run a policy
+// with these supplements and no others. It fails closed: a policy that the
+// verdict does not know, because it is newer than the verdict, of another ring or
+// joined with other supplements, is errs.Denied.
+func (v *Verdict) Covers(artefact, policy integrity.Digest, ring string, supplements ...integrity.Digest) error {
 	if v.Artefact != artefact {
 		return fmt.Errorf("the verdict is about artefact %v, not %v: %w", v.Artefact, artefact, errs.Denied)
 	}
+	want := digestsInOrder(supplements)
 	for _, p := range v.Policies {
-		if p.SHA256 == policy.String() && p.Ring == ring {
+		if p.SHA256 == policy.String() && p.Ring == ring && slices.Equal(p.Supplements, want) {
 			if p.Outcome.rank() >= Hold.rank() || p.Outcome.rank() < 0 {
 				return fmt.Errorf("the verdict for policy %s %d in ring %q is %s: %w", p.Name, p.Epoch, ring, p.Outcome, errs.Denied)
 			}
 			return nil
 		}
 	}
-	return fmt.Errorf("the verdict of %s says nothing about policy %v in ring %q; verify again: %w", utc(v.At), policy, ring, errs.Denied)
+	return fmt.Errorf("the verdict of %s says nothing about policy %v with %d supplements in ring %q; verify again: %w", utc(v.At), policy, len(want), ring, errs.Denied)
 }

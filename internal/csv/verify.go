@@ -140,6 +140,7 @@ type column struct {
 	name                          string
 	epoch                         uint64
 	digest                        integrity.Digest
+	supplements                   []string // their digests, in order
 	modes                         [8]integrity.Mode
 	release                       *codesign.Release // verified under this policy
 	refused                       bits
@@ -295,6 +296,7 @@ func (j *judge) column(col *column) error {
 		return nil
 	}
 	col.live, col.name, col.epoch, col.digest, col.modes = true, p.Name, p.Epoch, p.Digest, p.Modes
+	col.supplements = digestsInOrder(live.Supplements)
 	col.refused = make(bits, len(j.b.contents)/64+1)
 	origin := j.believe(col, p)
 	q := &questions{j: j, col: col, c: c, origin: origin}
