@@ -6,6 +6,8 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"ringwall/internal/control"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/httpapi"
@@ -30,7 +32,29 @@ func (p *serverParts) addHosts(ctx context.Context, url, spool string, clients *
 	}
 	p.loop(func(ctx context.Context) { _ = p.hosts.Run(ctx) })
 	p.routes = append(p.routes, hostRoutes(p.hosts)...)
+	p.metrics.hosts(p.hosts)
 	return events.Close, nil
+}
+
+// hosts adds what was refused to hosts, and how many wait.
+func (m *serverMetrics) hosts(s *hosts.Service) {
+	refused := func(why string, get func(hosts.Counters) uint64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "ringwall_hosts_refused_total", Help: "What hosts, or those who say they are, were refused, by reason.", ConstLabels: prometheus.Labels{"why": why},
+		}, func() float64 { return float64(get(s.Counters())) })
+	}
+	m.registry.MustRegister(
+		refused("join-token", func(c hosts.Counters) uint64 { return c.BadTokens }),
+		refused("certificate", func(c hosts.Counters) uint64 { return c.Unknown }),
+		refused("bound", func(c hosts.Counters) uint64 { return c.Limited }),
+		refused("malformed", func(c hosts.Counters) uint64 { return c.Malformed }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "ringwall_hosts_records_total", Help: "Records of hosts that were stored."},
+			func() float64 { return float64(s.Counters().Records) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "ringwall_hosts_gaps_total", Help: "Times that records of a host were missing."},
+			func() float64 { return float64(s.Counters().Gaps) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "ringwall_hosts_waiting", Help: "Hosts that wait for something now."},
+			func() float64 { return float64(s.Counters().Waiting) }),
+	)
 }
 
 func hostRoutes(s *hosts.Service) []httpapi.Route {

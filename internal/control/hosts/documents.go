@@ -71,7 +71,7 @@ type ManifestProperties struct {
 const (
 	maxTokenLife  = 30 * 24 * time.Hour
 	maxLabels     = 32
-	maxLabelName  = 64  // bytes
+	maxLabelName  = 128 // bytes
 	maxLabelValue = 256 // bytes
 	maxAnchor     = 253 // bytes
 )
