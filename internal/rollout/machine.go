@@ -96,6 +96,10 @@ func (p *Plan) Next(s State, v *View, now time.Time) Step {
 			s.Why = j.Reasons
 			return Step{State: s, Judgement: j}
 		}
+		if j := stopped(v, s.emergency(now)); j.Verdict == Hold {
+			s.Why = j.Reasons
+			return Step{State: s, Judgement: j}
+		}
 		return Step{State: s.to(Running, now), Judgement: Judgement{Verdict: Hold}}
 	case Running:
 		return p.run(s, v, now)
@@ -103,7 +107,7 @@ func (p *Plan) Next(s State, v *View, now time.Time) Step {
 		return p.goBack(s, v, now)
 	case Done:
 		step := Step{State: s, Judgement: Judgement{Verdict: Pass}}
-		if v.Halt == "" && v.Freeze == "" {
+		if stopped(v, false).Verdict == Pass {
 			step.Admit = p.admit(len(p.Rings)-1, v) // they were offline, or joined
 		}
 		return step
@@ -128,8 +132,25 @@ func (s State) to(phase Phase, now time.Time) State {
 	return s
 }
 
+// emergency says whether rings, bakes and freezes are left out now.
+func (s *State) emergency(now time.Time) bool {
+	return s.Approval != nil && s.Approval.Emergency && now.Before(s.Approval.Until)
+}
+
+// stopped is a hold if nothing may begin.
+func stopped(v *View, emergency bool) Judgement {
+	j := Judgement{Verdict: Pass}
+	switch {
+	case v.Halt != "":
+		j.say(Hold, "halted", v.Halt)
+	case v.Freeze != "" && !emergency:
+		j.say(Hold, "frozen", v.Freeze)
+	}
+	return j
+}
+
 func (p *Plan) run(s State, v *View, now time.Time) Step {
-	emergency := s.Approval != nil && s.Approval.Emergency && now.Before(s.Approval.Until)
+	emergency := s.emergency(now)
 	if emergency && s.Ring < len(p.Rings)-1 {
 		s = s.to(Running, now)
 		s.Ring, s.Baking = len(p.Rings)-1, time.Time{}
@@ -143,7 +164,7 @@ func (p *Plan) run(s State, v *View, now time.Time) Step {
 		return step
 	}
 	promoted := s.Promoted == s.Ring+1
-	if v.Halt != "" || v.Freeze != "" && !emergency {
+	if stopped(v, emergency).Verdict == Hold {
 		return step // nobody new; who has it keeps it
 	}
 	if s.Baking.IsZero() {

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"ringwall/internal/rollout"
@@ -58,10 +56,9 @@ func (t *Tx) PutRolloutHosts(ctx context.Context, of string, records []rollout.R
 			}
 			args = append(args, of, r.Host, r.Ring, micro(r.Entered), micro(r.Admitted), micro(r.Applied), string(base))
 		}
-		//nolint:gosec // placeholders only
-		_, err := t.tx.ExecContext(ctx, "INSERT INTO rollout_host (rollout, host, ring, entered_us, admitted_us, applied_us, base) VALUES "+placeholders(len(part), 7)+`
+		_, err := t.tx.ExecContext(ctx, bulk("INSERT INTO rollout_host (rollout, host, ring, entered_us, admitted_us, applied_us, base) VALUES ", len(part), 7, "", `
 			ON CONFLICT (rollout, host) DO UPDATE SET ring = excluded.ring, entered_us = excluded.entered_us,
-			admitted_us = excluded.admitted_us, applied_us = excluded.applied_us, base = excluded.base`, args...)
+			admitted_us = excluded.admitted_us, applied_us = excluded.applied_us, base = excluded.base`), args...)
 		if err != nil {
 			return err
 		}
@@ -101,9 +98,8 @@ func (t *Tx) AddRolloutHits(ctx context.Context, of string, hits []rollout.Hit) 
 			h := &part[i]
 			args = append(args, of, h.Host, h.Signal, micro(h.At), h.Text)
 		}
-		//nolint:gosec // placeholders only
-		_, err := t.tx.ExecContext(ctx, "INSERT INTO rollout_hit (rollout, host, signal, at_us, text) VALUES "+placeholders(len(part), 5)+
-			" ON CONFLICT (rollout, host, signal) DO NOTHING", args...)
+		_, err := t.tx.ExecContext(ctx, bulk("INSERT INTO rollout_hit (rollout, host, signal, at_us, text) VALUES ", len(part), 5, "",
+			" ON CONFLICT (rollout, host, signal) DO NOTHING"), args...)
 		if err != nil {
 			return err
 		}
@@ -122,24 +118,6 @@ func (t *Tx) ForgetRollout(ctx context.Context, of string) error {
 		}
 	}
 	return nil
-}
-
-// placeholders are n groups of k values each.
-func placeholders(n, k int) string {
-	var b strings.Builder
-	for i := range n * k {
-		switch {
-		case i == 0:
-			b.WriteString("($")
-		case i%k == 0:
-			b.WriteString("), ($")
-		default:
-			b.WriteString(", $")
-		}
-		b.WriteString(strconv.Itoa(i + 1))
-	}
-	b.WriteString(")")
-	return b.String()
 }
 
 // micro is a time as it is stored; the zero time is 0.

@@ -14,6 +14,7 @@ import (
 	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
+	"ringwall/internal/store"
 )
 
 // A change that does no harm reaches every host, ring by ring.
@@ -273,6 +274,41 @@ func TestEngine_halt(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.until(change, rollout.Done, time.Minute, 3000)
+}
+
+// While it is halted an approved rollout does not begin, and nothing is tried and
+// fails, which would be on record every second.
+func TestEngine_haltBeforeItBegins(t *testing.T) {
+	w := newWorld(t, 30, newKeys(t))
+	w.propose(tenth)
+	w.put(halts+"stop", `{"reason":"not now"}`)
+	w.must(bob(), change, "approve", `{}`)
+	count := func() (n int) {
+		err := w.store.Read(t.Context(), func(tx *store.Tx) error {
+			all, err := tx.Audit(t.Context(), 0, 1000)
+			n = len(all)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := count()
+	for range 10 {
+		w.tick(time.Second)
+	}
+	if s := w.status(change); s.Phase != rollout.Proposed || count() != before {
+		t.Errorf("%s, %d records more", s.Phase, count()-before)
+	}
+	p, err := w.engine.Progress(t.Context(), ana(), id(change))
+	if err != nil || p.Why[0].Code != "halted" {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if err := w.door.Delete(t.Context(), ana(), id(halts+"stop"), noCondition(), false); err != nil {
+		t.Fatal(err)
+	}
+	w.until(change, rollout.Running, time.Second, 3)
 }
 
 // A pause is a halt of one rollout; a person can let a ring go on, and take all

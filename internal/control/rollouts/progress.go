@@ -58,8 +58,7 @@ func (e *Engine) Progress(ctx context.Context, by control.Actor, id resource.ID)
 	case s.Over || s.Phase == rollout.Draft:
 		return out, nil
 	case s.Phase == rollout.Proposed:
-		out.Verdict, out.Why = rollout.Hold, []rollout.Reason{waits(s)}
-		return out, nil
+		return out, e.waits(ctx, x, out)
 	}
 	now := e.Now().UTC()
 	w := &watched{}
@@ -82,20 +81,31 @@ func (e *Engine) Progress(ctx context.Context, by control.Actor, id resource.ID)
 	return out, nil
 }
 
-// waits is what a proposed rollout waits for.
-func waits(s *Status) rollout.Reason {
-	out := rollout.Reason{Verdict: rollout.Hold, Code: "approval", Text: "waits for approval"}
+// waits says what a proposed rollout waits for.
+func (e *Engine) waits(ctx context.Context, x *entry, out *Progress) error {
+	s := x.r.Status
+	why := rollout.Reason{Verdict: rollout.Hold, Code: "approval", Text: "waits for approval"}
 	switch {
 	case s.Check == nil:
-		out.Code, out.Text = "check", "is being checked"
+		why.Code, why.Text = "check", "is being checked"
 	case len(s.Check.Problems) > 0:
-		out.Code, out.Text = s.Check.Problems[0].Code, s.Check.Problems[0].Text
+		why.Code, why.Text = s.Check.Problems[0].Code, s.Check.Problems[0].Text
 	case s.Approval != nil && s.Approval.Emergency && len(s.Approval.Approvers) == 1:
-		out.Text = "waits for a second approval, as an emergency"
+		why.Text = "waits for a second approval, as an emergency"
 	case s.Approval != nil:
-		out.Code, out.Text = "starting", "is approved and about to begin"
+		v := &rollout.View{}
+		now := e.Now().UTC()
+		if err := e.readStops(ctx, x, v, now); err != nil {
+			return err
+		}
+		plan := x.plan()
+		why.Code, why.Text = "starting", "is approved and about to begin"
+		if step := plan.Next(s.State, v, now); len(step.Judgement.Reasons) > 0 {
+			why = step.Judgement.Reasons[0]
+		}
 	}
-	return out
+	out.Verdict, out.Why = rollout.Hold, []rollout.Reason{why}
+	return nil
 }
 
 func ringsOf(x *entry, v *rollout.View) []RingProgress {
