@@ -58,6 +58,9 @@ vouches for it. ` + "`ringwall status`" + ` says how far that is.`,
 				return err
 			}
 			if early {
+				if err := agent.MeasureEarly(d.state); err != nil { // what is enforced does not depend on it
+					e.notef("the kernel does not measure what runs: %v", err)
+				}
 				return a.Early(c.Context())
 			}
 			a.Prove(c.Context(), &agent.Attester{Prover: host.NewProver("")})

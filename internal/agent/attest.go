@@ -221,6 +221,9 @@ const (
 func (a *Agent) Prove(ctx context.Context, at *Attester) {
 	at.Integrity = a.integrityNow
 	a.opts.Attest = at.Attest
+	if err := MeasureEarly(a.opts.StateDir); err != nil {
+		a.log.WarnContext(ctx, "the kernel does not measure what runs", slog.Any("error", err))
+	}
 	go func() {
 		for wait := attestEvery / 60; ; {
 			// not all hosts at the same time
@@ -233,6 +236,39 @@ func (a *Agent) Prove(ctx context.Context, at *Attester) {
 			wait = a.proveOnce(ctx, at)
 		}
 	}()
+}
+
+// fileMeasure marks a host whose server looks at what the kernel measures.
+const fileMeasure = "measure"
+
+// MeasureEarly has the kernel measure what runs, on a host that attests: before
+// the agent does anything else, best in the initramfs. It does nothing on other
+// hosts, on kernels without IMA, and where a policy for it is loaded already.
+func MeasureEarly(stateDir string) error {
+	if _, err := os.Stat(filepath.Join(stateDir, fileMeasure)); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	err := host.LoadMeasurePolicy(host.MeasurePolicy())
+	if errors.Is(err, errs.Conflict) || errors.Is(err, errs.Unsupported) {
+		return nil // evidence says which it is
+	}
+	return err
+}
+
+// measure makes this host one that measures, from its next start on whole and
+// from now on in part.
+func (a *Agent) measure(ctx context.Context) {
+	path := filepath.Join(a.opts.StateDir, fileMeasure)
+	if _, err := os.Stat(path); err == nil {
+		return
+	}
+	err := host.WriteFile(path, []byte("ringwall attest measure\n"), 0o600)
+	if err == nil {
+		err = MeasureEarly(a.opts.StateDir)
+	}
+	if err != nil {
+		a.log.WarnContext(ctx, "the kernel does not measure what runs", slog.Any("error", err))
+	}
 }
 
 // proveOnce has a round, if there is a server, and says when to have the next.
@@ -248,6 +284,10 @@ func (a *Agent) proveOnce(ctx context.Context, at *Attester) time.Duration {
 	defer stop()
 	switch err := at.Attest(ctx, c.AgentClient); {
 	case err == nil:
+		a.measure(ctx)
+		return attestEvery
+	case errors.Is(err, errs.Denied): // by a server that looks
+		a.measure(ctx)
 		return attestEvery
 	case connect.CodeOf(err) == connect.CodeUnimplemented, errors.Is(err, errs.NotFound):
 		return attestUnknown // no such service there, or no TPM here

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -135,6 +136,26 @@ func TestAttester(t *testing.T) {
 	}
 	if _, err := a.Certificate(now); !errors.Is(err, errs.NotFound) {
 		t.Errorf("refused, and with a certificate: %v", err)
+	}
+}
+
+// Only a host that attests has its kernel measure, and what cannot be loaded here
+// is no error there.
+func TestMeasureEarly(t *testing.T) {
+	dir := t.TempDir()
+	a := &Agent{opts: Options{StateDir: dir}, log: slog.New(slog.DiscardHandler)}
+	if err := MeasureEarly(dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat("/sys/kernel/security/ima/policy"); err == nil {
+		t.Skip("SKIPPED, NOT TESTED: this machine's kernel would be told to measure")
+	}
+	a.measure(t.Context())
+	if _, err := os.Stat(filepath.Join(dir, fileMeasure)); err != nil {
+		t.Error(err)
+	}
+	if err := MeasureEarly(dir); err != nil {
+		t.Error(err)
 	}
 }
 
