@@ -17,15 +17,23 @@ import (
 // Kinds are the types of documents of this package. now is the server's clock.
 func Kinds(now func() time.Time) []control.Kind {
 	return []control.Kind{
-		{Type: fleet.TypeRollout, Check: checkRollout, Keep: keepRollout, Actions: map[string]control.Action{
-			"start":    act(now, start),
-			"approve":  act(now, approve),
-			"pause":    act(now, pause),
-			"resume":   act(now, resume),
-			"promote":  act(now, promote),
-			"rollback": act(now, takeBack),
-		}},
-		{Type: fleet.TypeHalt, Check: checkHalt},
+		{
+			Type: fleet.TypeRollout, Check: checkRollout, Keep: keepRollout,
+			About:  "Brings a manifest to hosts, ring by ring; it has begun when it was started and approved.",
+			Schema: json.RawMessage(schemaRollout),
+			Actions: map[string]control.Action{
+				"start":    act(now, start),
+				"approve":  act(now, approve),
+				"pause":    act(now, pause),
+				"resume":   act(now, resume),
+				"promote":  act(now, promote),
+				"rollback": act(now, takeBack),
+			},
+		},
+		{
+			Type: fleet.TypeHalt, Check: checkHalt, Schema: json.RawMessage(schemaHalt),
+			About: "Stops the rollouts that touch its scope, always or at some times of the week.",
+		},
 	}
 }
 

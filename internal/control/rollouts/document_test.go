@@ -1,12 +1,15 @@
 package rollouts_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"ringwall/internal/control"
 	"ringwall/internal/control/rollouts"
@@ -18,6 +21,7 @@ import (
 
 func TestRollout_refused(t *testing.T) {
 	w := newWorld(t, 1, newKeys(t))
+	fits := schemaOf(t, "Ringwall.Fleet/rollouts")
 	for name, tc := range map[string]struct {
 		doc  string
 		want string // in the error; "" for none
@@ -55,11 +59,73 @@ func TestRollout_refused(t *testing.T) {
 			case tc.want != "" && (!errors.Is(err, errs.Invalid) || !strings.Contains(err.Error(), tc.want)):
 				t.Errorf("%v, want %q", err, tc.want)
 			case tc.want == "":
+				if err := fits(tc.doc); err != nil {
+					t.Errorf("the schema refuses it: %v", err)
+				}
 				if s := w.status(group + "/providers/Ringwall.Fleet/rollouts/x"); s.Phase != rollout.Draft {
 					t.Errorf("is %s", s.Phase)
 				}
 			}
 		})
+	}
+}
+
+// schemaOf validates by the schema of a kind.
+func schemaOf(t *testing.T, kind string) func(doc string) error {
+	t.Helper()
+	for _, k := range rollouts.Kinds(time.Now) {
+		if k.Type != kind {
+			continue
+		}
+		schema, err := jsonschema.UnmarshalJSON(bytes.NewReader(k.Schema))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := jsonschema.NewCompiler()
+		if err := c.AddResource("kind.json", schema); err != nil {
+			t.Fatal(err)
+		}
+		compiled, err := c.Compile("kind.json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return func(doc string) error {
+			v, err := jsonschema.UnmarshalJSON(strings.NewReader(doc))
+			if err != nil {
+				return err
+			}
+			return compiled.Validate(v)
+		}
+	}
+	t.Fatalf("no kind %s", kind)
+	return nil
+}
+
+// Every key that a document can have is in its schema.
+func TestSchema_complete(t *testing.T) {
+	one := 1.0
+	digest := integrity.Digest{1}
+	full := rollouts.Spec{
+		Manifest: digest, Rollback: &digest, NoRollback: true, Reason: "x", Selector: map[string]string{"a": "b"},
+		Rings:          []rollouts.Ring{{Name: "a", Percent: 100, Hosts: []string{"h"}, Bake: rollouts.Bake{Time: 1e9, HostHours: 1, Coverage: 1}}},
+		MaxUnavailable: 1, Limits: &rollouts.Limits{Converged: 1, FlipHosts: 1, SmallRing: 1, FalseAlarm: 0.1, ApplyTime: 1e9},
+		Probes:    []rollouts.Probe{{Name: "p", URL: "http://a", Ask: "up", Max: &one, Min: &one, NoData: rollout.Hold, MinSamples: 1, Failures: 1}},
+		Waive:     []rollouts.Waiver{{SHA256: digest, Reason: "x"}},
+		Emergency: &rollouts.Emergency{Reason: "x", Until: noon()},
+	}
+	halt := rollouts.Halt{Reason: "x", From: noon(), Until: noon(), Weekly: []rollouts.Window{{Days: []string{"mon"}, From: "00:00", To: "24:00"}}, TimeZone: "UTC"}
+	for kind, v := range map[string]any{"Ringwall.Fleet/rollouts": rollouts.Rollout{Spec: full, Status: &rollouts.Status{}}, "Ringwall.Fleet/halts": halt} {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fits := schemaOf(t, kind)
+		if err := fits(string(b)); err != nil {
+			t.Errorf("%s: %v", kind, err)
+		}
+		if fits(strings.Replace(string(b), `"reason"`, `"raeson"`, 1)) == nil {
+			t.Errorf("%s: a key that there is not fits", kind)
+		}
 	}
 }
 
