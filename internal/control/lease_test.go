@@ -105,6 +105,7 @@ func TestLeader(t *testing.T) {
 		synctest.Wait()
 		go func() { _ = leader(shared, "b").Run(ctxB, "x", work("b")) }()
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		if count("a") != 1 || held != 1 || shared.terms != 1 {
 			t.Errorf("after an hour: a %d, held %d, %d terms", count("a"), held, shared.terms)
 		}
@@ -145,14 +146,17 @@ func TestLeader_loses(t *testing.T) {
 					})
 				}()
 				time.Sleep(time.Minute + time.Second)
+				synctest.Wait()
 				harmed := time.Now()
 				shared.set(tc.harm)
 				time.Sleep(time.Minute)
+				synctest.Wait()
 				if stopped.IsZero() || stopped.Sub(harmed) > tc.within || starts != 1 {
 					t.Errorf("%d starts, stopped after %s", starts, stopped.Sub(harmed))
 				}
 				shared.set(func(l *ledger) { l.down, l.until = false, time.Time{} })
 				time.Sleep(control.DefaultTerm)
+				synctest.Wait()
 				if starts != 2 {
 					t.Errorf("%d starts after all is well again", starts)
 				}
@@ -166,7 +170,7 @@ func TestLeader_loses(t *testing.T) {
 // Work that fails is tried again, not at once.
 func TestLeader_again(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute-time.Second)
 		defer cancel()
 		runs := 0
 		_ = leader(&ledger{}, "a").Run(ctx, "x", func(context.Context, control.Fence) error { runs++; return errors.New("no") })
