@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -87,5 +89,47 @@ func TestIncident(t *testing.T) {
 	}
 	if got := mail.Wait(t, 4); len(got) != 4 { // the page, acknowledged, mitigated, resolved
 		t.Errorf("%d mails", len(got))
+	}
+}
+
+// Incidents reach a collector of logs in OCSF's form.
+func TestIncident_syslog(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	lines := make(chan string, 100)
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		in := bufio.NewScanner(conn)
+		in.Split(bufio.ScanWords)
+		var all strings.Builder
+		for in.Scan() {
+			all.WriteString(in.Text() + " ")
+			if _, found, _ := strings.Cut(all.String(), `"class_uid":2005`); strings.Contains(found, "severity_id") {
+				lines <- all.String()
+				all.Reset()
+			}
+		}
+	}()
+	s := startServer(t, "--syslog", "tcp://"+l.Addr().String())
+	if err := os.Rename(filepath.Join(s.dir, "fleet/break-glass.token"), filepath.Join(s.dir, "admin.token")); err != nil {
+		t.Fatal(err)
+	}
+	s.login("admin")
+	s.must(0, "admin", "{}", "resource", "put", "/subscriptions/0b1f6471-1bf0-4dda-aec3-cb9272f09590", "--file", "-")
+	s.must(0, "admin", "{}", "resource", "put", testGroup, "--file", "-")
+	s.putIncident("inc-20310501-k3f9ab", time.Now())
+	select {
+	case got := <-lines:
+		if !strings.Contains(got, `"activity_id":1`) || !strings.Contains(got, `"severity_id":3`) || !strings.Contains(got, `"uid":"inc-20310501-k3f9ab"`) {
+			t.Error(got)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the collector got nothing")
 	}
 }

@@ -40,7 +40,7 @@ type auditOptions struct {
 func (o *auditOptions) flags(c *cobra.Command) {
 	f := c.Flags()
 	f.StringVar(&o.dir, "audit-log", "", "publish the audit log's hashes in `DIR`, with signed checkpoints (default: DATA/audit-log)")
-	f.StringArrayVar(&o.syslog, "syslog", nil, "send audit records and checkpoints to `URL`: udp://, tcp:// or tls://HOST:PORT, unix:///dev/log; repeat")
+	f.StringArrayVar(&o.syslog, "syslog", nil, "send audit records, checkpoints and incidents to `URL`: udp://, tcp:// or tls://HOST:PORT, unix:///dev/log; repeat")
 	f.StringVar(&o.syslogCA, "syslog-ca", "", "who certifies the receivers of tls:// (`FILE`; default: the system's authorities)")
 	f.StringVar(&o.syslogFormat, "syslog-format", "json", "records as `FORMAT`: json (as audit export has them) or ocsf")
 }
@@ -125,6 +125,7 @@ func (p *serverParts) addAudit(o *auditOptions, data string, names []string) err
 		wake := newest.wake()
 		p.loop(func(ctx context.Context) { s.checkpoints(ctx, &newest, wake, p.log) })
 		p.metrics.outbox(s.name)
+		p.collectors = append(p.collectors, &incidentCollector{s.name, s.to})
 		p.lead(s.name, func(ctx context.Context, _ control.Fence) error {
 			return (&control.Forwarder{Outbox: p.store, Name: s.name, Send: s.records, Log: p.log}).Run(ctx)
 		})

@@ -14,6 +14,7 @@ import (
 	"ringwall/internal/incident"
 	"ringwall/internal/notify"
 	"ringwall/internal/resource"
+	"ringwall/internal/syslog"
 )
 
 // onCall tells people of incidents, through the targets of a configuration.
@@ -26,13 +27,18 @@ type onCall struct {
 }
 
 // openOnCall reads whom to tell; "" for nobody.
-func openOnCall(file string, now func() time.Time) (incidents.Notifier, error) {
-	if file == "" {
-		return nil, nil //nolint:nilnil // nobody, which the engine says in its log
+// collectors get everything too.
+func openOnCall(file string, collectors []notify.Target, now func() time.Time) (incidents.Notifier, error) {
+	targets := collectors
+	if file != "" {
+		people, err := notify.Load(file)
+		if err != nil {
+			return nil, err
+		}
+		targets = append(targets, people...)
 	}
-	targets, err := notify.Load(file)
-	if err != nil {
-		return nil, err
+	if len(targets) == 0 {
+		return nil, nil //nolint:nilnil // nobody, which the engine says in its log
 	}
 	return &onCall{targets: targets, now: now, told: map[string]time.Time{}}, nil
 }
@@ -134,7 +140,7 @@ func (o *onCall) message(i *incidents.Stored, scope resource.ID) *notify.Message
 // addIncidents adds the engine that turns blocks into incidents, and the loop
 // that tells people of them.
 func (p *serverParts) addIncidents(file string, now func() time.Time) error {
-	people, err := openOnCall(file, now)
+	people, err := openOnCall(file, p.collectors, now)
 	if err != nil {
 		return err
 	}
@@ -142,4 +148,50 @@ func (p *serverParts) addIncidents(file string, now func() time.Time) error {
 	p.loop(func(ctx context.Context) { _ = p.incidents.Run(ctx) })
 	p.lead("incidents", func(ctx context.Context, f control.Fence) error { return p.incidents.Tell(ctx, p.door.Under(f)) })
 	return nil
+}
+
+// incidentCollector gives incidents to a collector of logs, as OCSF's Incident Finding
+// (class 2005).
+type incidentCollector struct {
+	name string
+	to   *syslog.Sender
+}
+
+// Name implements notify.Target.
+func (c *incidentCollector) Name() string { return c.name }
+
+// Send implements notify.Target.
+func (c *incidentCollector) Send(ctx context.Context, m *notify.Message) error {
+	a := m.Alert
+	if a == nil {
+		return nil
+	}
+	const (
+		created, updated, closed  = 1, 2, 3 // activity_id
+		fresh, underWay, resolved = 1, 2, 4 // status_id
+	)
+	activity, status := updated, fresh
+	switch {
+	case a.State == notify.Over:
+		activity, status = closed, resolved
+	case a.State == notify.Acknowledged:
+		status = underWay
+	case a.Page && a.Level == 0:
+		activity = created
+	}
+	e := syslog.Event{
+		Class: syslog.IncidentFinding, Activity: activity, Severity: map[string]int{"critical": 5, "high": 4, "warning": 3}[a.Severity], Time: m.At,
+		UID: fmt.Sprintf("%s/%d", a.Key, m.At.UnixMicro()), Text: m.Title,
+		Fields: map[string]any{
+			"finding_info_list": []any{map[string]any{"uid": a.Key, "title": m.Title, "created_time": a.Since.UnixMilli(), "desc": m.Text}},
+			"status_id":         status, "status": string(a.State), "start_time": a.Since.UnixMilli(),
+			"resources": []any{map[string]any{"uid": a.Labels["scope"]}},
+		},
+	}
+	e.Severity = max(e.Severity, 1) // informational
+	message, err := e.Message()
+	if err != nil {
+		return err
+	}
+	return c.to.Send(ctx, message)
 }

@@ -17,6 +17,7 @@ import (
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/control/rollouts"
 	"ringwall/internal/httpapi"
+	"ringwall/internal/notify"
 	"ringwall/internal/store"
 )
 
@@ -30,9 +31,11 @@ type serverParts struct {
 	// leader runs loops of which there must be one in the fleet.
 	leader    *control.Leader
 	incidents *incidents.Engine
-	hosts     *hosts.Service
-	rollouts  *rollouts.Engine
-	attester  hosts.Attester // nil: hosts are not attested
+	// collectors of logs are told of incidents as people are.
+	collectors []notify.Target
+	hosts      *hosts.Service
+	rollouts   *rollouts.Engine
+	attester   hosts.Attester // nil: hosts are not attested
 	// attestation is the gate that others ask; nil: hosts are not attested.
 	attestation *attestation.Service
 

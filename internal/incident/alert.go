@@ -20,24 +20,24 @@ import (
 // Event is a block, or a would-be block, as a host reports it. A host merges
 // repeats by itself and counts them.
 type Event struct {
-	ID     string // the host's, unique: the same event may come twice
-	Scope  string // where in the resource tree the host is
-	Host   string // its id
-	Name   string // in the tree; empty: unknown
-	Kind   string // exec, library, script, …
-	SHA256 string // hex; empty when the content had no stable digest
-	Signer string // identity of the signer; empty or Unsigned: nobody
-	Path   string
-	Parent string // the program that started it
-	Rule   string
-	Reason string // the reason's stable name
-	Mode   string // enforce or audit
-	Epoch  uint64 // of the policy in force
+	ID     string `json:"id"`               // the host's, unique: the same event may come twice
+	Scope  string `json:"scope"`            // where in the resource tree the host is
+	Host   string `json:"host"`             // its id
+	Name   string `json:"name,omitempty"`   // in the tree; empty: unknown
+	Kind   string `json:"kind"`             // exec, library, script, …
+	SHA256 string `json:"sha256,omitempty"` // hex; empty when the content had no stable digest
+	Signer string `json:"signer,omitempty"` // identity of the signer; empty or Unsigned: nobody
+	Path   string `json:"path,omitempty"`
+	Parent string `json:"parent,omitempty"` // the program that started it
+	Rule   string `json:"rule,omitempty"`
+	Reason string `json:"reason"`          // the reason's stable name
+	Mode   string `json:"mode"`            // enforce or audit
+	Epoch  uint64 `json:"epoch,omitempty"` // of the policy in force
 	// Flip: the policy before would have allowed it, so the change of policy is
 	// the cause.
-	Flip  bool
-	Count uint64    // how often; at least 1
-	At    time.Time // when the server received it: a host's clock proves nothing
+	Flip  bool      `json:"flip,omitempty"`
+	Count uint64    `json:"count"` // how often; at least 1
+	At    time.Time `json:"at"`    // when the server received it: a host's clock proves nothing
 }
 
 // Unsigned is what hosts call the signer of what nobody signed.
