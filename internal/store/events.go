@@ -55,6 +55,7 @@ func OpenEvents(ctx context.Context, url string) (*Events, error) {
 		return nil, fmt.Errorf("open events: %w", (&Store{}).clean(err, url))
 	}
 	db.SetMaxOpenConns(8)
+	db.SetMaxIdleConns(8)
 	e.main = db
 	return e, nil
 }
@@ -74,6 +75,7 @@ func (e *Events) openFile(ctx context.Context, name, what string) (*sql.DB, erro
 		return nil, err
 	}
 	db.SetMaxOpenConns(4)
+	db.SetMaxIdleConns(2)
 	text, err := migrations.ReadFile("migrations/0004_events.sql")
 	if err == nil {
 		tables := strings.NewReplacer("CREATE TABLE ", "CREATE TABLE IF NOT EXISTS ", "CREATE INDEX ", "CREATE INDEX IF NOT EXISTS ").Replace(e.dialect.types.Replace(string(text)))

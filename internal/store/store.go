@@ -76,6 +76,7 @@ func connect(url string) (*Store, error) {
 		return nil, s.clean(err, url)
 	}
 	s.db.SetMaxOpenConns(16)
+	s.db.SetMaxIdleConns(8) // of two, which is the default, most would be made anew for each transaction
 	return s, nil
 }
 

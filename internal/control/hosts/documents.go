@@ -95,8 +95,18 @@ func Kinds() []control.Kind {
 	}
 }
 
-// read reads a document's properties strictly: what is not known is refused.
+// read reads the properties of a stored document. What is not known is passed
+// over: a later version, of another replica, may have written it.
 func read(d *resource.Document, v any) error {
+	if err := json.Unmarshal(d.Properties, v); err != nil {
+		return fmt.Errorf("properties: %w: %w", err, errs.Invalid)
+	}
+	return nil
+}
+
+// readNew reads the properties of a document that somebody writes: what is not
+// known is refused.
+func readNew(d *resource.Document, v any) error {
 	dec := json.NewDecoder(bytes.NewReader(d.Properties))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(v); err != nil {
@@ -127,7 +137,7 @@ func checkHost(_ context.Context, _ control.Tx, old, d *resource.Document) error
 		return fmt.Errorf("hosts come by joining, see ringwall fleet join-token: %w", errs.Denied)
 	}
 	var was, is HostProperties
-	if err := errors.Join(read(old, &was), read(d, &is)); err != nil {
+	if err := errors.Join(read(old, &was), readNew(d, &is)); err != nil {
 		return err
 	}
 	if err := checkLabels(is.Labels); err != nil {
@@ -165,7 +175,7 @@ func plain(s string) bool {
 
 func checkToken(_ context.Context, _ control.Tx, old, d *resource.Document) error {
 	var is TokenProperties
-	if err := read(d, &is); err != nil {
+	if err := readNew(d, &is); err != nil {
 		return err
 	}
 	if b, err := hex.DecodeString(d.ID.Name()); err != nil || len(b) != sha256.Size || strings.ToLower(d.ID.Name()) != d.ID.Name() {
@@ -206,7 +216,7 @@ func of[T any](tx control.Tx) (T, error) {
 // decide: the server has no key that it would verify with.
 func checkManifest(ctx context.Context, tx control.Tx, old, d *resource.Document) error {
 	var in ManifestProperties
-	if err := read(d, &in); err != nil {
+	if err := readNew(d, &in); err != nil {
 		return err
 	}
 	m, err := codesign.UnverifiedManifest(in.Bundle)
