@@ -166,8 +166,14 @@ func (s *Service) AgentHandler() (path string, handler http.Handler) {
 		if err == nil {
 			err = s.mayCall(id.h)
 		}
+		held := err == nil && plainWait(r)
+		if held {
+			err = s.serveWait(w, r, id)
+		}
 		if err != nil {
 			_ = errors.Write(w, r, s.refusal(r.Context(), err)) // the client may be gone
+		}
+		if err != nil || held {
 			return
 		}
 		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), hostKey{}, id)))
@@ -205,6 +211,9 @@ func (s *Service) within(h *host, b *bucket, r Rate, n float64) error {
 func (s *Service) refusal(ctx context.Context, err error) *connect.Error {
 	if limited, ok := errors.AsType[errLimited](err); ok {
 		return connect.NewError(connect.CodeResourceExhausted, limited)
+	}
+	if tooLarge, ok := errors.AsType[errTooLarge](err); ok {
+		return connect.NewError(connect.CodeResourceExhausted, tooLarge)
 	}
 	for _, k := range []struct {
 		kind error

@@ -264,8 +264,8 @@ type agent struct {
 	stream []byte
 }
 
-func (l *lab) client(cert tls.Certificate) agentpb.AgentClient {
-	return agentpb.NewAgentClient(l.httpClient(&cert), l.server.URL, connect.WithSendGzip())
+func (l *lab) client(cert tls.Certificate, options ...connect.ClientOption) agentpb.AgentClient {
+	return agentpb.NewAgentClient(l.httpClient(&cert), l.server.URL, options...)
 }
 
 // join makes a host.

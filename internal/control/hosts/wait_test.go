@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -139,6 +140,32 @@ func testWait(t *testing.T, url string) {
 	}
 	if _, err := l.svc.Chunk(ctx, parsed.Policy, 3); !errors.Is(err, errs.Invalid) {
 		t.Errorf("a chunk over the limit: %v", err)
+	}
+}
+
+// The forms of a call that agents do not use are answered alike.
+func TestWait_forms(t *testing.T) {
+	l := newLab(t, "sqlite:"+t.TempDir(), newCA(t))
+	a := l.join("web-1")
+	long := &agentpb.State{Problem: strings.Repeat("x", 2000)}
+	longer := &agentpb.State{Problem: strings.Repeat("x", 70<<10)}
+	for name, o := range map[string][]connect.ClientOption{
+		"protobuf": nil, "gzip": {connect.WithSendGzip()}, "JSON": {connect.WithProtoJSON()}, "gRPC": {connect.WithGRPC()},
+	} {
+		a.AgentClient = l.client(a.cert, o...)
+		got, err := a.wait(t.Context(), &agentpb.WaitRequest{State: &agentpb.State{AgentVersion: name}})
+		if err != nil || got.GetDirectives().GetRevision() == 0 || got.GetNowUs() == 0 {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+		if all, err := l.svc.Hosts(t.Context(), id("/")); err != nil || all[0].Report.Agent != name {
+			t.Errorf("%s: %+v, %v", name, all, err)
+		}
+		if _, err := a.wait(t.Context(), &agentpb.WaitRequest{State: long}); connect.CodeOf(err) != connect.CodeInvalidArgument {
+			t.Errorf("%s: a long state: %v", name, err)
+		}
+		if _, err := a.wait(t.Context(), &agentpb.WaitRequest{State: longer}); connect.CodeOf(err) != connect.CodeResourceExhausted {
+			t.Errorf("%s: a message over its bound: %v", name, err)
+		}
 	}
 }
 
