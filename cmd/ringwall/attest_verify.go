@@ -335,7 +335,8 @@ func basisOf(c *attest.Collected, ca string, tpms []string, now time.Time) (atte
 		if err != nil {
 			return "", err
 		}
-		for block := (*pem.Block)(nil); len(bytes.TrimSpace(rest)) > 0; {
+		for len(bytes.TrimSpace(rest)) > 0 {
+			var block *pem.Block
 			if block, rest = pem.Decode(rest); block == nil {
 				return "", fmt.Errorf("%s: not PEM: %w", ca, errs.Invalid)
 			}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"os"
@@ -103,11 +104,11 @@ func (p *serverParts) addAttestation(o *attestOptions, e *env, clients *pki.TLSA
 			case <-tick.C:
 			}
 			if n, err := p.attestation.Sweep(ctx); err != nil || n > 0 {
-				p.log.WarnContext(ctx, "silent_hosts", "quarantined", n, "error", err)
+				p.log.WarnContext(ctx, "silent_hosts", slog.Int("quarantined", n), slog.Any("error", err))
 			}
 			err := p.store.Write(ctx, func(tx *store.Tx) error { return tx.PruneAttestationArchives(ctx, e.now().Add(-keepArchives)) })
 			if err != nil {
-				p.log.WarnContext(ctx, "archives_not_pruned", "error", err)
+				p.log.WarnContext(ctx, "archives_not_pruned", slog.Any("error", err))
 			}
 		}
 	})
@@ -126,7 +127,7 @@ func (p *serverParts) addAttestation(o *attestOptions, e *env, clients *pki.TLSA
 // serveArchive gives the evidence of one round, packed with gzip, to whoever may
 // read the host.
 func (p *serverParts) serveArchive(w http.ResponseWriter, r *http.Request, by control.Actor) error {
-	q := r.URL.Query()
+	ctx, q := r.Context(), r.URL.Query()
 	until := time.Now()
 	if text := q.Get("until"); text != "" {
 		var err error
@@ -135,15 +136,15 @@ func (p *serverParts) serveArchive(w http.ResponseWriter, r *http.Request, by co
 		}
 	}
 	var d *resource.Document
-	if err := p.store.Read(r.Context(), func(tx *store.Tx) (err error) { d, err = documentOf(r.Context(), tx, q.Get("host")); return err }); err != nil {
+	if err := p.store.Read(ctx, func(tx *store.Tx) (err error) { d, err = documentOf(ctx, tx, q.Get("host")); return err }); err != nil {
 		return err
 	}
-	if _, err := p.door.Get(r.Context(), by, d.ID); err != nil {
+	if _, err := p.door.Get(ctx, by, d.ID); err != nil {
 		return err
 	}
 	var blob []byte
-	err := p.store.Read(r.Context(), func(tx *store.Tx) (err error) {
-		blob, _, err = tx.AttestationArchive(r.Context(), q.Get("host"), until)
+	err := p.store.Read(ctx, func(tx *store.Tx) (err error) {
+		blob, _, err = tx.AttestationArchive(ctx, q.Get("host"), until)
 		return err
 	})
 	if err != nil {
@@ -186,7 +187,7 @@ func documentOf(ctx context.Context, tx *store.Tx, host string) (*resource.Docum
 // quarantined opens an incident. The host's record says the same, so that it is
 // found although this were lost.
 func (p *serverParts) quarantined(i attestation.Incident) {
-	p.log.Warn("host_quarantined", "host", i.Host, "reasons", i.Reasons, "detail", i.Detail)
+	p.log.Warn("host_quarantined", slog.String("host", i.Host), slog.Any("reasons", i.Reasons), slog.String("detail", i.Detail))
 	if p.incidents == nil {
 		return
 	}
@@ -210,7 +211,7 @@ func (p *serverParts) quarantined(i attestation.Incident) {
 			Reason: reason, Mode: string(attest.ModeEnforce), Count: 1, At: i.At,
 		}
 		if err = errors.Join(err, p.incidents.Blocks(ctx, []incident.Event{e})); err != nil {
-			p.log.ErrorContext(ctx, "incident_not_opened", "host", i.Host, "error", err)
+			p.log.ErrorContext(ctx, "incident_not_opened", slog.String("host", i.Host), slog.Any("error", err))
 		}
 	}()
 }
@@ -225,8 +226,8 @@ type attestationList struct {
 // serveAttestation lists the hosts that the actor may read.
 func (p *serverParts) serveAttestation(w http.ResponseWriter, r *http.Request, by control.Actor) error {
 	const page = 500
-	q := r.URL.Query()
-	all, err := p.attestation.List(r.Context(), attest.Standing(q.Get("standing")), q.Get("after"), page)
+	ctx, q := r.Context(), r.URL.Query()
+	all, err := p.attestation.List(ctx, attest.Standing(q.Get("standing")), q.Get("after"), page)
 	if err != nil {
 		return err
 	}
@@ -236,11 +237,11 @@ func (p *serverParts) serveAttestation(w http.ResponseWriter, r *http.Request, b
 	}
 	for i := range all {
 		var d *resource.Document
-		err := p.store.Read(r.Context(), func(tx *store.Tx) (err error) { d, err = documentOf(r.Context(), tx, all[i].Host); return err })
+		err := p.store.Read(ctx, func(tx *store.Tx) (err error) { d, err = documentOf(ctx, tx, all[i].Host); return err })
 		if err != nil {
 			continue // a host that is gone
 		}
-		if _, err := p.door.Get(r.Context(), by, d.ID); err == nil {
+		if _, err := p.door.Get(ctx, by, d.ID); err == nil {
 			out.Hosts = append(out.Hosts, all[i])
 		}
 	}
