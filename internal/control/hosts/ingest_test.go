@@ -21,6 +21,7 @@ import (
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
 	"ringwall/internal/incident"
+	"ringwall/internal/testkit"
 )
 
 const (
@@ -134,6 +135,45 @@ func testIngest(t *testing.T, url string) {
 	if err != nil || len(kept) != 4 {
 		t.Errorf("%+v, %v", kept, err)
 	}
+}
+
+// What was acknowledged is there after the database's crash, once, and handed on;
+// what was not is refused and comes again.
+func testDatabaseRestarts(t *testing.T, url string, pg *testkit.Postgres) {
+	t.Helper()
+	l := newLab(t, url, newCA(t))
+	a := l.join("web-1")
+	settled(t, a)
+	const batches, size = 40, 25
+	restarted := make(chan struct{})
+	failed := 0
+	next := uint64(1)
+	for end := time.Now().Add(time.Minute); next <= batches*size && time.Now().Before(end); {
+		if next == 10*size+1 && failed == 0 {
+			pg.Stop()
+			go func() { defer close(restarted); time.Sleep(300 * time.Millisecond); pg.Start() }()
+		}
+		got, err := a.ingest(t.Context(), laneBlocks, next, blocks(size)...)
+		if err != nil {
+			failed++
+			if code := connect.CodeOf(err); code != connect.CodeInternal {
+				t.Fatalf("while the database is away: %v", err)
+			}
+			time.Sleep(20 * time.Millisecond)
+			continue
+		}
+		next = got.GetDurable() + 1
+	}
+	<-restarted
+	if next != batches*size+1 || failed == 0 {
+		t.Fatalf("%d records are stored, %d calls failed", next-1, failed)
+	}
+	events, err := l.events.QueryEvents(t.Context(), fleet.EventQuery{Host: a.id, Until: time.Now().Add(time.Hour), Limit: 10_000})
+	if err != nil || len(events) != batches*size {
+		t.Errorf("%d events, want %d; %v", len(events), batches*size, err)
+	}
+	eventually(t, "every block is handed on", func() bool { return len(distinct(l.seenBlocks())) == batches*size })
+	settled(t, a)
 }
 
 // Blocks are handed on although whoever takes them fails for a while, and

@@ -75,6 +75,7 @@ func TestEngines(t *testing.T) {
 	t.Run("postgres", func(t *testing.T) {
 		pg := testkit.StartPostgres(t)
 		tests["replicas"] = testReplicas
+		tests["the database is restarted"] = func(t *testing.T, url string) { testDatabaseRestarts(t, url, pg) }
 		for name, test := range tests {
 			t.Run(name, func(t *testing.T) { test(t, pg.Database()) })
 		}
