@@ -85,10 +85,16 @@ type View struct {
 	Signals  []Signal
 	Probes   []Probe
 	Coverage float64 // see Bake.Coverage, of the ring that bakes
+	// Quiet is the share of hosts without the change that are not heard of now,
+	// 0 to 1; 1 if there are none. Silence of hosts that have it proves nothing
+	// while the others are silent too: it is the server that is cut off.
+	Quiet float64
 	// Incidents are open ones that belong to the change.
 	Incidents []string
 	// Lag is how far behind the reading of reports is; a gate that is blind holds.
 	Lag time.Duration
+	// Blind is why reports are not to be had now; empty: they are.
+	Blind string
 	// Freeze is why nothing may be promoted now; empty: it may.
 	Freeze string
 	// Halt is why a person, or a stop of every rollout, keeps it from going on.
@@ -171,6 +177,8 @@ func (p *Plan) judgeHosts(j *Judgement, at int, v *View) {
 		text := fmt.Sprintf("%s of %d %s", count(n, "host"), members, c.text)
 		switch {
 		case n == 0:
+		case c.code == "silent" && float64(n) <= moreSilent*v.Quiet*float64(members):
+			j.say(Hold, c.code, text+"; so are others, or there are no others: the server may be cut off", c.hosts...).Page = true
 		case n >= 2 && 100*n > tolerated*members:
 			j.say(Fail, c.code, text, c.hosts...).Page = true
 		case members <= cmp.Or(p.Limits.SmallRing, DefaultSmallRing):
@@ -180,6 +188,10 @@ func (p *Plan) judgeHosts(j *Judgement, at int, v *View) {
 		}
 	}
 }
+
+// moreSilent is how many times more often than others hosts with the change must
+// be silent, to speak against it.
+const moreSilent = 3
 
 // tolerated is the percentage of hosts that may fail by themselves.
 const tolerated = 2
@@ -236,15 +248,22 @@ func (p *Plan) judgeBake(j *Judgement, at int, baking time.Time, v *View, now ti
 	if left := b.Time - now.Sub(baking); left > 0 {
 		j.say(Hold, "baking", "bakes for another "+left.Round(time.Second).String())
 	}
-	if v.Lag > max(b.Time/10, time.Minute) {
+	switch {
+	case v.Blind != "":
+		j.say(Hold, "blind", v.Blind)
+	case v.Lag > max(b.Time/10, time.Minute):
 		j.say(Hold, "blind", "reports are read "+v.Lag.Round(time.Second).String()+" late")
 	}
-	hours := 0.0
+	hours, there := 0.0, 0
 	v.members(at, func(m *Member) {
 		if m.Ring == at && m.Online && !m.Applied.IsZero() {
+			there++
 			hours += now.Sub(m.Applied).Hours()
 		}
 	})
+	if there == 0 {
+		j.say(Hold, "nobody", "no host of the ring that has the change is heard of now")
+	}
 	if hours < b.HostHours {
 		j.say(Hold, "host-hours", fmt.Sprintf("%.1f of %.1f host hours", hours, b.HostHours))
 	}

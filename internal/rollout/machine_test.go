@@ -66,13 +66,30 @@ func TestJudge(t *testing.T) {
 			with(50, func(m []rollout.Member) { m[3].Refused, m[4].Refused = "sshd is down", "sshd is down" }), start(),
 			rollout.Fail, "refused",
 		},
-		"one of many died":         {with(200, func(m []rollout.Member) { m[3].Silent = true }), start(), rollout.Pass, "silent"},
-		"one of few died":          {with(8, func(m []rollout.Member) { m[3].Silent = true }), start(), rollout.Hold, "silent"},
-		"many died":                {with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent = true, true }), start(), rollout.Fail, "silent"},
-		"an open incident":         {rollout.View{Members: ring(50, 0), Coverage: 1, Incidents: []string{"INC-1"}}, start(), rollout.Hold, "incident"},
-		"stop the line":            {rollout.View{Members: ring(50, 0), Coverage: 1, Halt: "stopped by ana"}, start(), rollout.Hold, "halted"},
-		"frozen":                   {rollout.View{Members: ring(50, 0), Coverage: 1, Freeze: "year end"}, start(), rollout.Hold, "frozen"},
-		"reports come late":        {rollout.View{Members: ring(50, 0), Coverage: 1, Lag: 10 * time.Minute}, start(), rollout.Hold, "blind"},
+		"one of many died": {with(200, func(m []rollout.Member) { m[3].Silent = true }), start(), rollout.Pass, "silent"},
+		"one of few died":  {with(8, func(m []rollout.Member) { m[3].Silent = true }), start(), rollout.Hold, "silent"},
+		"many died":        {with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent = true, true }), start(), rollout.Fail, "silent"},
+		"others are silent too": {
+			rollout.View{Members: with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent = true, true }).Members, Coverage: 1, Quiet: 0.02}, start(),
+			rollout.Hold, "silent",
+		},
+		"others are silent, and far fewer": {
+			rollout.View{Members: with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent, m[5].Silent, m[6].Silent = true, true, true, true }).Members, Coverage: 1, Quiet: 0.02}, start(),
+			rollout.Fail, "silent",
+		},
+		"an open incident":    {rollout.View{Members: ring(50, 0), Coverage: 1, Incidents: []string{"INC-1"}}, start(), rollout.Hold, "incident"},
+		"stop the line":       {rollout.View{Members: ring(50, 0), Coverage: 1, Halt: "stopped by ana"}, start(), rollout.Hold, "halted"},
+		"frozen":              {rollout.View{Members: ring(50, 0), Coverage: 1, Freeze: "year end"}, start(), rollout.Hold, "frozen"},
+		"reports come late":   {rollout.View{Members: ring(50, 0), Coverage: 1, Lag: 10 * time.Minute}, start(), rollout.Hold, "blind"},
+		"the server was away": {rollout.View{Members: ring(50, 0), Coverage: 1, Blind: "was away"}, start(), rollout.Hold, "blind"},
+		"all went offline since": {
+			with(50, func(m []rollout.Member) {
+				for i := range m {
+					m[i].Online = false
+				}
+			}), start(),
+			rollout.Hold, "nobody",
+		},
 		"a probe without data":     {rollout.View{Members: ring(50, 0), Coverage: 1, Probes: []rollout.Probe{{Name: "errors"}}}, start(), rollout.Hold, "probe"},
 		"no data can be a failure": {rollout.View{Members: ring(50, 0), Coverage: 1, Probes: []rollout.Probe{{Name: "errors", NoData: rollout.Fail}}}, start(), rollout.Fail, "probe"},
 		"no data is never success": {rollout.View{Members: ring(50, 0), Coverage: 1, Probes: []rollout.Probe{{Name: "errors", NoData: rollout.Pass}}}, start(), rollout.Hold, "probe"},

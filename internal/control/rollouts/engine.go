@@ -67,7 +67,7 @@ func New(o Options) *Engine {
 // Run moves rollouts until ctx ends, as the holder of a lease. It stops with the
 // error of a write that was refused because the lease is gone.
 func (e *Engine) Run(ctx context.Context, f control.Fence) error {
-	r := &run{Engine: e, fence: f, door: e.Door.Under(f), store: f.Store(e.Store), state: map[string]*watched{}}
+	r := e.newRun(f)
 	for {
 		r.moved = false
 		if err := r.round(ctx); err != nil && ctx.Err() == nil {
@@ -93,6 +93,7 @@ const soon = 50 * time.Millisecond
 type run struct {
 	*Engine
 	fence control.Fence
+	since time.Time // of the holding
 	door  *control.Door
 	store control.Store
 
@@ -116,6 +117,10 @@ func (x *entry) scope() resource.ID      { return x.id.Parent() }
 func (x *entry) plan() rollout.Plan      { return x.r.plan(x.r.salt(x.id), x.r.Status.rings()) }
 func (x *entry) phase() rollout.Phase    { return x.r.Status.Phase }
 func (x *entry) at(p rollout.Phase) bool { return x.phase() == p }
+
+func (e *Engine) newRun(f control.Fence) *run {
+	return &run{Engine: e, fence: f, door: e.Door.Under(f), store: f.Store(e.Store), state: map[string]*watched{}, since: e.Now()}
+}
 
 // round looks at every rollout once. One that fails does not keep the others.
 func (r *run) round(ctx context.Context) error {

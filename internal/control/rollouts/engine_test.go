@@ -219,6 +219,70 @@ func TestEngine_blocks(t *testing.T) {
 	}
 }
 
+// Silence is held against nobody while the server was away, or is cut off.
+func TestEngine_cutOff(t *testing.T) {
+	k := newKeys(t)
+	all := func(w *world, online bool) {
+		for _, x := range w.fleet.all {
+			x.Online = online
+		}
+	}
+	for name, tc := range map[string]struct {
+		rings string
+		cut   func(*world)
+	}{
+		"the server was down": {tenth, func(w *world) {
+			all(w, false)
+			w.pass(time.Hour)
+			w.restart()
+			w.tick(30 * time.Second)
+			w.tick(30 * time.Second)
+		}},
+		"the network was cut": {tenth, func(w *world) {
+			all(w, false)
+			for range 60 {
+				w.tick(time.Minute)
+			}
+		}},
+		"and all have the change": {`,"rings":[{"name":"all","percent":100,"bake":{"time":"10h"}}]`, func(w *world) {
+			all(w, false)
+			for range 60 {
+				w.tick(time.Minute)
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 100, k)
+			w.begin(tc.rings)
+			w.until(change, rollout.Running, time.Minute, 5)
+			for range 5 {
+				w.tick(time.Minute)
+			}
+			if w.fleet.count(isOn(w.good)) == 0 {
+				t.Fatal("nobody has it")
+			}
+			tc.cut(w)
+			s := w.status(change)
+			if s.Phase != rollout.Running || s.Ring != 0 {
+				t.Fatalf("%s in ring %d: %+v", s.Phase, s.Ring, s.Why)
+			}
+			all(w, true)
+			w.fleet.step()
+			w.until(change, rollout.Done, 10*time.Minute, 100)
+			err := w.store.Read(t.Context(), func(tx *store.Tx) error {
+				hits, err := tx.RolloutHits(t.Context(), id(change).Key())
+				if len(hits) != 0 {
+					t.Errorf("%d hits, such as %+v", len(hits), hits[0])
+				}
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
 // Signals of any replica are compared; those from before the rollout are not.
 func TestEngine_signalsOfReplicas(t *testing.T) {
 	w := newWorld(t, 300, newKeys(t))

@@ -8,7 +8,7 @@ import (
 
 // Rounds returns what Run does in each round, for tests that hold the clock.
 func (e *Engine) Rounds(f control.Fence) func(context.Context) error {
-	r := &run{Engine: e, fence: f, door: e.Door.Under(f), store: f.Store(e.Store), state: map[string]*watched{}}
+	r := e.newRun(f)
 	return func(ctx context.Context) error {
 		for {
 			if err := r.round(ctx); err != nil {

@@ -42,6 +42,8 @@ type watched struct {
 	step  rollout.Step                      // of this round
 	asks  *prober
 	check *checked
+	// blind: this process has not been there for long enough to know who is silent.
+	blind bool
 
 	coverage     float64
 	coverageRing int
@@ -60,9 +62,47 @@ func (r *run) watch(ctx context.Context, x *entry) (*watched, error) {
 	if err := r.load(ctx, x, w); err != nil {
 		return nil, err
 	}
+	w.blind = r.Now().Sub(r.since) < 2*silentAfter && w.awaits(r.since)
 	r.state[x.key()] = w
 	return w, nil
 }
+
+// awaits says whether hosts have not come back that were there before a time.
+func (w *watched) awaits(since time.Time) bool {
+	for id := range w.hosts {
+		if h := w.now[id]; h != nil && !h.Online && h.Seen.Before(since) {
+			return true
+		}
+	}
+	return false
+}
+
+// silent says whether a host that should be heard of is not. As long as the
+// server was away itself, nobody is.
+func (w *watched) silent(h *fleet.Host, now time.Time) bool {
+	return !w.blind && !h.Online && now.Sub(h.Seen) > silentAfter
+}
+
+// quiet is rollout.View.Quiet.
+func (w *watched) quiet(now time.Time) float64 {
+	others, silent := 0, 0
+	for id, rec := range w.hosts {
+		if h := w.now[id]; h != nil && rec.Applied.IsZero() && !rec.Entered.IsZero() {
+			others++
+			if w.silent(h, now) {
+				silent++
+			}
+		}
+	}
+	if others == 0 {
+		return 1
+	}
+	return float64(silent) / float64(others)
+}
+
+// cutOff is the share of other hosts that must be silent so that it is the
+// server that is cut off, and silence is held against nobody.
+const cutOff = 1.0 / 3
 
 func (e *Engine) load(ctx context.Context, x *entry, w *watched) error {
 	err := e.Store.Read(ctx, func(tx control.Tx) error {
@@ -104,6 +144,14 @@ func (e *Engine) load(ctx context.Context, x *entry, w *watched) error {
 		}
 	}
 	return nil
+}
+
+// fresh is a hit if there is none like it.
+func (w *watched) fresh(h rollout.Hit) []rollout.Hit {
+	if _, old := w.hits[h.Host][h.Signal]; old {
+		return nil
+	}
+	return []rollout.Hit{h}
 }
 
 func (w *watched) addHit(h rollout.Hit) {
@@ -174,6 +222,7 @@ func (e *Engine) look(x *entry, w *watched, now time.Time) (changed []rollout.Re
 		return nil, nil
 	}
 	plan := x.plan()
+	cut := w.quiet(now) > cutOff
 	joins := x.at(rollout.Running) || x.at(rollout.Done)
 	for id, h := range w.now {
 		var rec rollout.Record
@@ -199,10 +248,11 @@ func (e *Engine) look(x *entry, w *watched, now time.Time) (changed []rollout.Re
 		if fresh {
 			changed = append(changed, rec)
 		}
-		for _, hit := range e.hitsOf(x, &rec, h, now) {
-			if _, old := w.hits[id][hit.Signal]; !old {
-				hits = append(hits, hit)
-			}
+		if lost := w.silent(h, now); lost && !cut && !rec.Entered.IsZero() {
+			hits = append(hits, w.fresh(rollout.Hit{Host: id, Signal: signalLost, At: now, Text: "last heard of " + h.Seen.UTC().Format(time.RFC3339)})...)
+		}
+		for _, hit := range hitsOf(x, &rec, h) {
+			hits = append(hits, w.fresh(hit)...)
 		}
 	}
 	slices.SortFunc(changed, func(a, b rollout.Record) int { return strings.Compare(a.Host, b.Host) })
@@ -214,7 +264,7 @@ func baseOf(h *fleet.Host) rollout.Base {
 }
 
 // hitsOf is what speaks against the change in a host's report.
-func (e *Engine) hitsOf(x *entry, rec *rollout.Record, h *fleet.Host, now time.Time) (out []rollout.Hit) {
+func hitsOf(x *entry, rec *rollout.Record, h *fleet.Host) (out []rollout.Hit) {
 	if rec.Entered.IsZero() {
 		return nil
 	}
@@ -236,9 +286,6 @@ func (e *Engine) hitsOf(x *entry, rec *rollout.Record, h *fleet.Host, now time.T
 			hit(signalUnit, u, p.At)
 			break
 		}
-	}
-	if !h.Online && now.Sub(h.Seen) > silentAfter {
-		hit(signalLost, "last heard of "+h.Seen.UTC().Format(time.RFC3339), now)
 	}
 	if rec.Admitted.IsZero() {
 		return out
@@ -352,7 +399,7 @@ func (e *Engine) members(x *entry, w *watched, now time.Time) *rollout.View {
 			Host: rollout.Host{ID: id, Stratum: h.Stratum(), Critical: h.Critical},
 			Ring: min(rec.Ring, last), Admitted: rec.Admitted, Applied: rec.Applied,
 			Online:  h.Online || now.Sub(h.Seen) < e.Offline,
-			Silent:  !rec.Applied.IsZero() && !h.Online && now.Sub(h.Seen) > silentAfter,
+			Silent:  !rec.Applied.IsZero() && w.silent(h, now),
 			Refused: hits[hitRefused].Text, Back: x.back(h),
 		}
 		if _, flipped := hits[hitFlip]; flipped {
@@ -360,7 +407,10 @@ func (e *Engine) members(x *entry, w *watched, now time.Time) *rollout.View {
 		}
 		v.Members = append(v.Members, m)
 	}
-	v.Signals = e.compare(w, ids, now)
+	v.Signals, v.Quiet = compare(w, ids, now), w.quiet(now)
+	if w.blind {
+		v.Blind = "the server was away or has just begun to look: hosts come back first"
+	}
 	return v
 }
 
@@ -386,7 +436,7 @@ func (x *entry) back(h *fleet.Host) bool {
 
 // compare is every signal on every host. A host that is offline leaves the
 // comparison, except for the signal that says that it is.
-func (e *Engine) compare(w *watched, ids []string, now time.Time) []rollout.Signal {
+func compare(w *watched, ids []string, now time.Time) []rollout.Signal {
 	out := make([]rollout.Signal, 0, len(signals()))
 	for _, name := range signals() {
 		s := rollout.Signal{Name: name, Subjects: make([]rollout.Subject, 0, len(ids))}
@@ -396,7 +446,7 @@ func (e *Engine) compare(w *watched, ids []string, now time.Time) []rollout.Sign
 				continue
 			}
 			sub := rollout.Subject{ID: id, Entered: rec.Entered, Activated: rec.Applied, Hit: w.hits[id][name].At}
-			if name != signalLost && !h.Online && now.Sub(h.Seen) > silentAfter {
+			if name != signalLost && w.silent(h, now) {
 				sub.Left = h.Seen
 			}
 			s.Subjects = append(s.Subjects, sub)
