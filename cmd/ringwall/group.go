@@ -19,7 +19,7 @@ import (
 // service:NAME, host:ID, or an object id as it is.
 func principalOf(s string) (string, error) {
 	kind, name, _ := strings.Cut(s, ":")
-	id := s
+	var id string
 	switch kind {
 	case "user":
 		id = control.UserID(control.Local, strings.ToLower(name))

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -59,7 +60,7 @@ func sessionFile(e *env) (string, error) {
 }
 
 // connect is the client of the server that the user logged in to. A token that
-// is nearly over is replaced first.
+// is nearly over is replaced before a request.
 func connect(e *env) (*api.Client, error) {
 	file, err := sessionFile(e)
 	if err != nil {
@@ -69,12 +70,22 @@ func connect(e *env) (*api.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.Refresh != "" && e.now().After(s.Expires.Add(-time.Minute)) {
-		if s, err = refreshSession(e, file); err != nil {
-			return nil, err
-		}
+	if s.Refresh == "" {
+		return s.client()
 	}
-	return s.client()
+	var mu sync.Mutex
+	return api.NewTokenClient(s.Server, []byte(s.CA), func(ctx context.Context) (string, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if e.now().After(s.Expires.Add(-time.Minute)) {
+			next, err := refreshSession(ctx, e, file)
+			if err != nil {
+				return "", err
+			}
+			s = next
+		}
+		return s.Token, nil
+	})
 }
 
 func readSession(file string) (*session, error) {
@@ -109,7 +120,7 @@ func (s *session) client() (*api.Client, error) {
 
 // refreshSession gets the next token. Commands that run at once follow one
 // another: an issuer takes a refresh token that comes twice for a stolen one.
-func refreshSession(e *env, file string) (*session, error) {
+func refreshSession(ctx context.Context, e *env, file string) (*session, error) {
 	lock, err := os.OpenFile(file+".lock", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
@@ -122,7 +133,7 @@ func refreshSession(e *env, file string) (*session, error) {
 	if err != nil || s.Refresh == "" || e.now().Before(s.Expires.Add(-time.Minute)) {
 		return s, err // another command has done it
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	on, err := api.OpenIssuer(ctx, *s.Issuer, []byte(s.CA))
 	if err != nil {

@@ -29,7 +29,7 @@ const (
 // Client talks to one server. It may be used by several goroutines.
 type Client struct {
 	base  *url.URL
-	token string
+	token func(context.Context) (string, error) // nil: none
 	http  *http.Client
 }
 
@@ -47,7 +47,11 @@ func NewClient(server string, ca []byte, token string) (*Client, error) {
 			return nil, fmt.Errorf("the CA of %s holds no certificate: %w", base.Host, errs.Invalid)
 		}
 	}
-	return &Client{base: base, token: token, http: &http.Client{
+	var fixed func(context.Context) (string, error)
+	if token != "" {
+		fixed = func(context.Context) (string, error) { return token, nil }
+	}
+	return &Client{base: base, token: fixed, http: &http.Client{
 		Transport: &http.Transport{
 			Proxy: http.ProxyFromEnvironment, TLSClientConfig: conf, ForceAttemptHTTP2: true,
 			TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: 60 * time.Second, IdleConnTimeout: 90 * time.Second,
@@ -68,6 +72,17 @@ func NewCertificateClient(server string, ca, cert, key []byte) (*Client, error) 
 		return nil, err
 	}
 	c.http.Transport.(*http.Transport).TLSClientConfig.Certificates = []tls.Certificate{pair} //nolint:forcetypeassert // made above
+	return c, nil
+}
+
+// NewTokenClient is NewClient for tokens that are replaced: token is asked before
+// each request, by several goroutines.
+func NewTokenClient(server string, ca []byte, token func(context.Context) (string, error)) (*Client, error) {
+	c, err := NewClient(server, ca, "")
+	if err != nil {
+		return nil, err
+	}
+	c.token = token
 	return c, nil
 }
 
@@ -98,17 +113,48 @@ func (c *Client) Do(ctx context.Context, q Request) (body []byte, etag string, e
 	return body, resp.Header.Get("ETag"), nil
 }
 
+// maxWaits is how often a request waits because the server says that it comes
+// too often.
+const maxWaits = 8
+
 func (c *Client) send(ctx context.Context, q Request) (*http.Response, error) {
+	for waits := 0; ; waits++ {
+		resp, err := c.once(ctx, q)
+		if err != nil {
+			return nil, fmt.Errorf("%s %s: %w", q.Method, q.Path, err)
+		}
+		if resp.StatusCode < 300 {
+			return resp, nil
+		}
+		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After")) // 0 if it is none
+		if resp.StatusCode != http.StatusTooManyRequests || waits == maxWaits || seconds < 1 || seconds > 30 {
+			defer func() { _ = resp.Body.Close() }()
+			return nil, fmt.Errorf("%s %s: %w", q.Method, q.Path, refusal(resp))
+		}
+		_ = resp.Body.Close() // nothing in it is needed
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(time.Duration(seconds) * time.Second):
+		}
+	}
+}
+
+func (c *Client) once(ctx context.Context, q Request) (*http.Response, error) {
 	u, err := c.base.Parse(q.Path)
 	if err != nil || u.Host != c.base.Host || u.Scheme != c.base.Scheme {
-		return nil, fmt.Errorf("path %.200q: %w", q.Path, errs.Invalid)
+		return nil, errs.Invalid
 	}
 	req, err := http.NewRequestWithContext(ctx, q.Method, u.String(), bytes.NewReader(q.Body))
 	if err != nil {
 		return nil, err
 	}
-	if c.token != "" {
-		req.Header.Set("Authorization", "Bearer "+c.token)
+	if c.token != nil {
+		token, err := c.token(ctx)
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
 	}
 	if len(q.Body) > 0 {
 		req.Header.Set("Content-Type", "application/json")
@@ -120,14 +166,7 @@ func (c *Client) send(ctx context.Context, q Request) (*http.Response, error) {
 		req.Header.Set("If-None-Match", "*")
 	}
 	resp, err := c.http.Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", q.Method, q.Path, withoutURL(err))
-	}
-	if resp.StatusCode >= 300 {
-		defer func() { _ = resp.Body.Close() }()
-		return nil, fmt.Errorf("%s %s: %w", q.Method, q.Path, refusal(resp))
-	}
-	return resp, nil
+	return resp, withoutURL(err)
 }
 
 // withoutURL is the error without http's own words around it.

@@ -18,7 +18,7 @@ type Limits struct {
 }
 
 // defaultLimits are far above what people and well-behaved programs do.
-func defaultLimits() Limits { return Limits{PerSecond: 50, Burst: 500, Open: 128} }
+func defaultLimits() Limits { return Limits{PerSecond: 200, Burst: 2000, Open: 128} }
 
 // WithLimits sets other limits than the usual ones.
 func WithLimits(l Limits) Option { return func(a *API) { a.limits.Limits = l } }

@@ -94,7 +94,7 @@ func replay(w http.ResponseWriter, done *control.Answered) error {
 	}
 	w.Header().Set("Idempotency-Replayed", "true")
 	w.WriteHeader(done.Status)
-	_, _ = w.Write(done.Body) // the client may be gone
+	_, _ = w.Write(done.Body) //nolint:gosec // with the type that it had; the client may be gone
 	return nil
 }
 

@@ -175,9 +175,14 @@ func (d *describer) kind(k *control.Kind) {
 	list, one, params := placesOf(k.Type)
 	properties := object{"type": "object"}
 	if len(k.Schema) > 0 {
-		var s any
+		var s object
 		if json.Unmarshal(k.Schema, &s) == nil {
-			d.schemas[name+"_properties"] = s
+			defs, _ := s["$defs"].(object)
+			delete(s, "$defs")
+			for def, v := range defs {
+				d.schemas[name+"_"+def] = moved(v, name)
+			}
+			d.schemas[name+"_properties"] = moved(s, name)
 			properties = ref(name + "_properties")
 		}
 	}
@@ -219,6 +224,26 @@ func (d *describer) kind(k *control.Kind) {
 			"properties": object{"value": object{"type": "array", "items": ref(name)}, "nextLink": object{"type": "string"}},
 		})},
 	})
+}
+
+// moved is a schema whose own definitions stand among everybody's.
+func moved(v any, name string) any {
+	switch v := v.(type) {
+	case object:
+		for key, x := range v {
+			to, _ := x.(string)
+			if def, ok := strings.CutPrefix(to, "#/$defs/"); key == "$ref" && ok {
+				v[key] = "#/components/schemas/" + name + "_" + def
+				continue
+			}
+			v[key] = moved(x, name)
+		}
+	case []any:
+		for i := range v {
+			v[i] = moved(v[i], name)
+		}
+	}
+	return v
 }
 
 // placesOf are the paths of a type's lists and documents; the last parameter is
@@ -307,8 +332,7 @@ func (d *describer) structure(t reflect.Type) object {
 }
 
 func (d *describer) fields(t reflect.Type, properties object, required *[]string) {
-	for i := range t.NumField() {
-		f := t.Field(i)
+	for f := range t.Fields() {
 		tag := f.Tag.Get("json")
 		name, options, _ := strings.Cut(tag, ",")
 		if f.Anonymous && name == "" && f.Type.Kind() == reflect.Struct {

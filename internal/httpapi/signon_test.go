@@ -245,7 +245,7 @@ func TestSession(t *testing.T) {
 	l.putUser("ana", "")
 	l.assign(rbac.Reader, "local|ana")
 	works := func(token string) bool {
-		return l.call(token, http.MethodGet, "/providers/Ringwall.Identity/users/ana", "").StatusCode == 200
+		return l.call(token, http.MethodGet, "/providers/Ringwall.Identity/users/ana", "").StatusCode == http.StatusOK
 	}
 	refresh := func(token string) reply {
 		return l.post("/token", "client_id", "ringwall", "grant_type", "refresh_token", "refresh_token", token)
@@ -327,7 +327,7 @@ func TestAuthorize(t *testing.T) {
 		"no OpenID":              {with("scope", "profile"), "error=invalid_scope"},
 	} {
 		r := l.call("", http.MethodGet, query(tc.fields), "")
-		if at := r.Header.Get("Location"); tc.want == "" && (at != "" || r.StatusCode != 400) || !strings.Contains(at, tc.want) {
+		if at := r.Header.Get("Location"); tc.want == "" && (at != "" || r.StatusCode != http.StatusBadRequest) || !strings.Contains(at, tc.want) {
 			t.Errorf("%s: %d %s", name, r.StatusCode, at)
 		}
 	}

@@ -55,7 +55,7 @@ func TestCertifyClient(t *testing.T) {
 		t.Errorf("it outlives its authority: %v", err)
 	}
 
-	small, err := rsa.GenerateKey(rand.Reader, 1024) //nolint:gosec // to be refused
+	small, err := rsa.GenerateKey(rand.Reader, 1024) // to be refused
 	if err != nil {
 		t.Fatal(err)
 	}
