@@ -268,7 +268,7 @@ func (l *lab) tryStart() error {
 				err = errors.New("the agent ended at once")
 			}
 			return err
-		case <-time.After(5 * time.Millisecond):
+		case <-time.After(20 * time.Millisecond): // a status looks at the whole machine
 		}
 		if _, err := l.client().Status(ctx); err == nil {
 			return nil

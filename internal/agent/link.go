@@ -37,7 +37,7 @@ const fileLink = dirFleet + "/link.json"
 // Bounds of the link.
 const (
 	maxLink     = 256 << 10
-	maxAnswer   = 8 << 20 // bytes of one message from the server
+	maxAnswer   = 16<<20 + 64<<10 // bytes of one message: attestation has the largest
 	callWait    = time.Minute
 	dialWait    = 10 * time.Second
 	maxBackoff  = 15 * time.Minute // whatever the server asks for

@@ -22,6 +22,7 @@ const (
 	hashPerSample  = 128 << 20 // bytes
 	maxExecutable  = 1 << 30   // bytes of one; a bigger one is not hashed
 	maxFilesCached = 8192
+	sampleUnits    = 3 // samples between two looks at units and isolation
 )
 
 // inventory is what ran here, for what-if and for how much a ring has tried. The
@@ -60,8 +61,8 @@ type processID struct {
 func (l *link) sampleLoop(ctx context.Context) {
 	tick := time.NewTicker(l.a.opts.pace.sampleTick)
 	defer tick.Stop()
-	for {
-		if j, _, _ := l.now(); j != nil && j.Host != "" {
+	for n := 0; ; n++ {
+		if j, _, _ := l.now(); j != nil && j.Host != "" && n%sampleUnits == 0 {
 			l.lookAtFailed(ctx)
 			l.isolate(ctx)
 		}

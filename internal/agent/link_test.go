@@ -428,8 +428,13 @@ func TestFleetFiles_damaged(t *testing.T) {
 				return errors.Join(os.RemoveAll(n), os.MkdirAll(filepath.Join(n, "full"), 0o700))
 			},
 		} {
+			if kind == "directory" && file != fileBundle && file != catalogue {
+				continue // enough
+			}
 			t.Run(file[:min(len(file), 20)]+" "+kind, func(t *testing.T) {
+				t.Parallel()
 				c := l.again(t)
+				c.t = t
 				c.options = l.options
 				if err := do(filepath.Join(c.state(), file)); err != nil {
 					t.Fatal(err)
@@ -657,13 +662,16 @@ func TestTrial_crashAtEveryStep(t *testing.T) {
 					if how == "tightens" && e != 7 && !strings.Contains(name, "before trial") {
 						t.Errorf("epoch %d: what tightens went back", e)
 					}
+					if _, err := c.agent.state.readBundle(fileTrial); !errors.Is(err, errs.NotFound) {
+						t.Errorf("a trial is left: %v", err)
+					}
+					if !strings.Contains(name, "trial written") && !strings.Contains(name, "confirmed") && !strings.Contains(name, "failure written") {
+						return // enough
+					}
 					c.stop()
 					c.start() // and the start after that finds nothing left to do
 					if again := c.kernel.live().Epoch; again != e {
 						t.Errorf("epoch %d, and %d at the next start", e, again)
-					}
-					if _, err := c.agent.state.readBundle(fileTrial); !errors.Is(err, errs.NotFound) {
-						t.Errorf("a trial is left: %v", err)
 					}
 				})
 			}

@@ -75,7 +75,7 @@ type pace struct {
 func normalPace() pace {
 	return pace{
 		trialMin: 10 * time.Second, trialMax: 120 * time.Second, trialTick: time.Second, unitsEvery: 5 * time.Second, bake: 24 * time.Hour,
-		waitFor: 45 * time.Second, backoff: 5 * time.Second, backoffMax: time.Minute, sampleTick: 30 * time.Second, reportTick: 5 * time.Minute, idle: time.Second,
+		waitFor: 45 * time.Second, backoff: 5 * time.Second, backoffMax: time.Minute, sampleTick: 10 * time.Second, reportTick: 5 * time.Minute, idle: time.Second,
 	}
 }
 
