@@ -58,10 +58,10 @@ type (
 
 // VerdictPolicy is a policy that a verdict is about, in one ring.
 type VerdictPolicy struct {
-	Ring    string   `json:"ring"`
-	Name    string   `json:"name"`
-	Epoch   uint64   `json:"epoch"`
-	SHA256  string   `json:"sha256"`
+	Ring   string `json:"ring"`
+	Name   string `json:"name"`
+	Epoch  uint64 `json:"epoch"`
+	SHA256 string `json:"sha256"`
 	// Supplements are the SHA-256 of those that it was joined with, in order.
 	Supplements []string `json:"supplements,omitempty"`
 	Outcome     Severity `json:"outcome"`
