@@ -29,7 +29,6 @@ type World struct {
 
 	mu      sync.Mutex
 	arrived map[[32]byte][]time.Time // when hosts reported a manifest in force
-	bad     map[[32]byte]bool        // manifests that deny what hosts run
 
 	// Waits are calls to wait, Failed those that had to be made again, Bytes what
 	// was fetched.
@@ -40,7 +39,7 @@ type World struct {
 
 // NewWorld is where hosts of a server live.
 func NewWorld(s *Server) *World {
-	w := &World{url: s.URL, roots: x509.NewCertPool(), arrived: map[[32]byte][]time.Time{}, bad: map[[32]byte]bool{}, errors: map[string]int{}}
+	w := &World{url: s.URL, roots: x509.NewCertPool(), arrived: map[[32]byte][]time.Time{}, errors: map[string]int{}}
 	w.roots.AppendCertsFromPEM(s.CA)
 	return w
 }
@@ -63,13 +62,6 @@ func (w *World) Errors() map[string]int {
 	return maps.Clone(w.errors)
 }
 
-// Break says that a manifest denies what hosts run.
-func (w *World) Break(m [32]byte) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.bad[m] = true
-}
-
 func (w *World) arrive(m [32]byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -81,12 +73,6 @@ func (w *World) Times(m [32]byte) []time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return append([]time.Time(nil), w.arrived[m]...)
-}
-
-func (w *World) breaks(m [32]byte) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.bad[m]
 }
 
 // Agent is a simulated host.
@@ -104,7 +90,6 @@ type Agent struct {
 	manifest []byte    // signed, in force
 	digest   [32]byte
 	epoch    uint64
-	flips    uint64
 	revision uint64
 	sending  sync.Mutex
 }
@@ -164,7 +149,7 @@ func (a *Agent) Run(ctx context.Context) {
 
 func (a *Agent) state() *agentpb.State {
 	s := &agentpb.State{
-		BootId: a.boot[:], Phase: agentpb.State_PHASE_NONE, Mode: "enforce", AgentVersion: "simulated", AgentStarts: 1, EnforcementProven: true, Flips: a.flips,
+		BootId: a.boot[:], Phase: agentpb.State_PHASE_NONE, Mode: "enforce", AgentVersion: "simulated", AgentStarts: 1, EnforcementProven: true,
 	}
 	if a.manifest != nil {
 		s.Phase, s.Manifest, s.Epoch, s.KernelTable = agentpb.State_PHASE_CONFIRMED, a.digest[:], a.epoch, a.digest[:]
@@ -204,13 +189,7 @@ func (a *Agent) apply(ctx context.Context, signed []byte) error {
 		}
 	}
 	digest := sha256.Sum256(signed)
-	a.manifest, a.digest, a.epoch, a.flips = signed, digest, m.Epoch, 0
-	if a.w.breaks(digest) {
-		a.flips = 1
-		if err := a.Block(ctx, m.Epoch, true, "/usr/bin/broken", "broken"); err != nil {
-			return err
-		}
-	}
+	a.manifest, a.digest, a.epoch = signed, digest, m.Epoch
 	a.w.arrive(digest)
 	return nil
 }
