@@ -20,10 +20,11 @@ func newAttestPredictCommand(e *env) *cobra.Command {
 		Use:   "predict FILE...",
 		Short: "Tell what booting a file will measure, before anybody boots it",
 		Long: `Reads signed boot images (unified kernel images, boot loaders, shims, kernels with
-an EFI stub), initrds, integrity policies (.yaml, as signed) and .pcrlock files, and prints the reference values that a
-machine's evidence has if it boots them: Authenticode digests (PCR 4), sections of a
-unified image (PCR 11), command lines and initrds as the kernel measures them (PCR 9),
-the record by which an agent shows that it enforces the policy (IMA).
+an EFI stub), initrds, integrity policies (.yaml, as signed), .pcrlock files and its own
+output (.json), and prints the reference values that a machine's evidence has if it
+boots them: Authenticode digests (PCR 4), sections of a unified image (PCR 11), command
+lines and initrds as the kernel measures them (PCR 9), the record by which an agent
+shows that it enforces the policy (IMA).
 Run it where images are signed, on the signed file: signing pads it, so that the
 unsigned one has another digest.
 
@@ -41,11 +42,11 @@ JSON (always): {"format", "components": [{"name", "file", "image", "kernel",
 		RunE: func(_ *cobra.Command, args []string) error {
 			refs := &attest.References{Format: attest.ReferencesFormat}
 			for _, f := range args {
-				c, err := predictFile(f)
+				all, err := predictFile(f)
 				if err != nil {
 					return fmt.Errorf("%s: %w", f, err)
 				}
-				refs.Components = append(refs.Components, *c)
+				refs.Components = append(refs.Components, all...)
 			}
 			if locks != "" {
 				if err := writeLocks(refs, locks); err != nil {
@@ -80,23 +81,32 @@ JSON (always): {"format", "components": [{"name", "file", "image", "kernel",
 
 const maxBootFile = 1 << 30
 
-// predictFile takes images by what they are, .pcrlock files by their name, and
-// everything else as a file that a boot loader reads.
-func predictFile(path string) (*attest.Component, error) {
+// predictFile takes images by what they are, policies and values that were
+// predicted before by their names, and everything else as a file that a boot loader reads.
+func predictFile(path string) ([]attest.Component, error) {
 	b, err := readBounded(path, maxBootFile)
 	if err != nil {
 		return nil, err
 	}
 	if strings.HasSuffix(path, ".pcrlock") {
-		return attest.ParsePCRLock(stem(path), b)
+		c, err := attest.ParsePCRLock(stem(path), b)
+		if err != nil {
+			return nil, err
+		}
+		return []attest.Component{*c}, nil
+	}
+	if strings.HasSuffix(path, ".json") {
+		r, err := attest.ParseReferences(b)
+		if err != nil {
+			return nil, err
+		}
+		return r.Components, nil
 	}
 	if strings.HasSuffix(path, ".yaml") {
-		c := attest.PredictPolicy(stem(path), b)
-		return &c, nil
+		return []attest.Component{attest.PredictPolicy(stem(path), b)}, nil
 	}
 	if len(b) < 2 || string(b[:2]) != "MZ" {
-		c := attest.PredictFile(stem(path), b)
-		return &c, nil
+		return []attest.Component{attest.PredictFile(stem(path), b)}, nil
 	}
 	m, err := kernelsig.ParseImage(b)
 	if err != nil {
@@ -115,8 +125,7 @@ func predictFile(path string) (*attest.Component, error) {
 		hash := inner.Hash()
 		kernel = &hash
 	}
-	c := attest.Predict(stem(path), b, m.Hash(), parts, kernel)
-	return &c, nil
+	return []attest.Component{attest.Predict(stem(path), b, m.Hash(), parts, kernel)}, nil
 }
 
 func writeLocks(refs *attest.References, dir string) error {

@@ -9,6 +9,7 @@ import (
 	"unicode/utf16"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/pki"
 )
 
 // Propose makes a policy of what a machine booted: a proposal for a person, who
@@ -207,4 +208,31 @@ func PredictPolicy(name string, text []byte) Component {
 func PredictFile(name string, file []byte) Component {
 	d := FormatDigest(SHA256, SHA256.sum(file))
 	return Component{Name: name, File: d, Loaded: d}
+}
+
+const maxReferences = 16 << 20
+
+// ParseReferences reads what ringwall attest predict wrote where the images were
+// signed: strict JSON, at most 16 MiB, no digest that is none.
+func ParseReferences(b []byte) (*References, error) {
+	var r References
+	if err := pki.UnmarshalStrict(b, &r, maxReferences); err != nil {
+		return nil, fmt.Errorf("reference values: %w", err)
+	}
+	if r.Format != ReferencesFormat {
+		return nil, fmt.Errorf("reference values: format %.40q: %w", r.Format, errs.Invalid)
+	}
+	for _, c := range r.Components {
+		list := slices.DeleteFunc(append([]string{c.File, c.Image, c.Kernel, c.Options, c.Loaded}, c.Records...), func(s string) bool { return s == "" })
+		for _, s := range c.Sections {
+			if !slices.Contains(StubSections(), s.Name) {
+				return nil, fmt.Errorf("reference values: %.80q: section %.20q: %w", c.Name, s.Name, errs.Invalid)
+			}
+			list = append(list, s.Digests...)
+		}
+		if err := digestsOf(SHA256, list); err != nil {
+			return nil, fmt.Errorf("reference values: %.80q: %w: %w", c.Name, err, errs.Invalid)
+		}
+	}
+	return &r, nil
 }

@@ -231,6 +231,28 @@ func TestParsePCRLock_refuses(t *testing.T) {
 	}
 }
 
+func FuzzParseReferences(f *testing.F) {
+	b, err := json.Marshal(References{Format: ReferencesFormat, Components: []Component{PredictPolicy("x", []byte("y")), PredictFile("z", nil)}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := ParseReferences(b)
+		if err != nil {
+			if !errors.Is(err, errs.Invalid) {
+				t.Fatal(err)
+			}
+			return
+		}
+		p := goodPolicy(t)
+		if err := r.AddTo(p); err != nil {
+			t.Fatal(err)
+		}
+		reparse(t, p) // what was read is what a policy takes
+	})
+}
+
 func FuzzParsePCRLock(f *testing.F) {
 	f.Add([]byte(`{"records":[{"pcr":4,"digests":[{"hashAlg":"sha256","digest":"` + strings.Repeat("ab", 32) + `"}]}]}`))
 	f.Add([]byte(`{"records":[{"pcr":-1}]}`))

@@ -176,7 +176,7 @@ func BenchmarkRound_whole(b *testing.B)       { rounds(b, 8, 10_000, true) }
 
 // Hundreds of hosts at once, each with its own state, none in another's way.
 func TestManyHosts(t *testing.T) {
-	const hosts, each = 60, 3
+	const hosts, each = 20, 2
 	l := newLab(t)
 	l.policy("all", goodPolicy(t), attestation.Enrolment{})
 	log := recorded(t, "good").EventLog
