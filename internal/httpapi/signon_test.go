@@ -25,6 +25,7 @@ import (
 	"ringwall/internal/pki"
 	"ringwall/internal/rbac"
 	"ringwall/internal/store"
+	"ringwall/internal/testkit"
 )
 
 const password = "correct horse battery"
@@ -78,7 +79,12 @@ type signOnLab struct {
 
 func newSignOnLab(t *testing.T) *signOnLab {
 	t.Helper()
-	s, err := store.Open(t.Context(), "sqlite:"+t.TempDir())
+	return newSignOnLabOn(t, "sqlite:"+t.TempDir())
+}
+
+func newSignOnLabOn(t *testing.T, database string) *signOnLab {
+	t.Helper()
+	s, err := store.Open(t.Context(), database)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,10 +145,7 @@ func (l *signOnLab) post(path string, fields ...string) reply {
 
 func (l *signOnLab) putUser(name, more string) {
 	l.t.Helper()
-	hash, err := identity.HashPassword(password)
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	hash := cheapHash()
 	if r := l.call(l.admin, http.MethodPut, "/providers/Ringwall.Identity/users/"+name, `{"properties":{"displayName":"Ana","passwordHash":"`+hash+`"`+more+`}}`); r.StatusCode >= 300 || strings.Contains(r.body, "argon2id") {
 		l.t.Fatalf("%d %s", r.StatusCode, r.body)
 	}
@@ -241,7 +244,12 @@ func TestDevice(t *testing.T) {
 }
 
 func TestSession(t *testing.T) {
-	l := newSignOnLab(t)
+	t.Run("sqlite", func(t *testing.T) { testSession(t, newSignOnLab(t)) })
+	t.Run("postgres", func(t *testing.T) { testSession(t, newSignOnLabOn(t, testkit.StartPostgres(t).Database())) })
+}
+
+func testSession(t *testing.T, l *signOnLab) {
+	t.Helper()
 	l.putUser("ana", "")
 	l.assign(rbac.Reader, "local|ana")
 	works := func(token string) bool {
