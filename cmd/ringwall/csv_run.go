@@ -167,7 +167,7 @@ func (o *csvRunOptions) run(ctx context.Context, e *env, path string) error {
 	if err != nil {
 		return fmt.Errorf("csv run: %w", err)
 	}
-	defer os.RemoveAll(tmp)
+	defer func() { _ = os.RemoveAll(tmp) }()
 	guest := &candidateGuest{csvRunOptions: o, e: e, dir: tmp, artefact: a, path: path, smoke: smoke, candidate: release, began: e.now()}
 	run, err := guest.run(ctx)
 	if err != nil {
@@ -271,6 +271,6 @@ func plainTar(to io.Writer, from string) error {
 		return err
 	}
 	defer r.Close()
-	_, err = io.Copy(to, r) //nolint:gosec // Decompress bounds it
+	_, err = io.Copy(to, r)
 	return err
 }

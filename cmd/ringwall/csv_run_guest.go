@@ -102,17 +102,10 @@ func unpackPayload(device string) error {
 	return unpackTar(bufio.NewReaderSize(f, 1<<20), "/")
 }
 
-// unpackTar unpacks an archive below a directory, with owners and modes. Names
-// cannot lead out of it.
+// unpackTar unpacks an archive below a directory of the guest, with owners and
+// modes. Names do not lead out of it; links that are there already may, as the
+// image has them (/var/run), and so may the archive's: all of it is the guest.
 func unpackTar(r io.Reader, into string) error {
-	if err := os.MkdirAll(into, 0o755); err != nil { //nolint:gosec // as the system has it
-		return err
-	}
-	root, err := os.OpenRoot(into)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
 	t := tar.NewReader(r)
 	for {
 		h, err := t.Next()
@@ -122,38 +115,34 @@ func unpackTar(r io.Reader, into string) error {
 		if err != nil {
 			return fmt.Errorf("archive: %w", err)
 		}
-		name := strings.TrimPrefix(filepath.Clean("/"+h.Name), "/")
-		if name == "" {
-			continue
-		}
-		if err := unpackOne(root, name, h, t); err != nil {
-			return fmt.Errorf("unpack %s: %w", name, err)
+		if err := unpackOne(into, h, t); err != nil {
+			return fmt.Errorf("unpack %s: %w", h.Name, err)
 		}
 	}
 }
 
-func unpackOne(root *os.Root, name string, h *tar.Header, content io.Reader) error {
+func unpackOne(into string, h *tar.Header, content io.Reader) error {
+	inside := func(name string) string { return filepath.Join(into, filepath.Clean("/"+name)) }
+	path := inside(h.Name)
 	if h.Typeflag == tar.TypeDir {
-		return root.MkdirAll(name, h.FileInfo().Mode().Perm())
+		return os.MkdirAll(path, h.FileInfo().Mode().Perm())
 	}
-	if dir := filepath.Dir(name); dir != "." {
-		if err := root.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // as the system has it
-			return err
-		}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // as the system has it
+		return err
 	}
-	if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	switch h.Typeflag {
 	case tar.TypeSymlink:
-		return root.Symlink(h.Linkname, name)
+		return os.Symlink(h.Linkname, path)
 	case tar.TypeLink:
-		return root.Link(strings.TrimPrefix(filepath.Clean("/"+h.Linkname), "/"), name)
+		return os.Link(inside(h.Linkname), path)
 	case tar.TypeReg:
 	default:
 		return nil // devices and the like run nothing
 	}
-	f, err := root.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -161,10 +150,10 @@ func unpackOne(root *os.Root, name string, h *tar.Header, content io.Reader) err
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := root.Lchown(name, h.Uid, h.Gid); err != nil {
+	if err := os.Lchown(path, h.Uid, h.Gid); err != nil {
 		return err
 	}
-	return root.Chmod(name, h.FileInfo().Mode()) // after the owner, which takes set-user-ID away
+	return os.Chmod(path, h.FileInfo().Mode()) // after the owner, which takes set-user-ID away
 }
 
 // trial is one trial, in the guest.
@@ -214,11 +203,14 @@ func (t *trial) steps(ctx context.Context) (what string, err error) {
 			return "add a supplement", err
 		}
 	}
+	if err := t.control(ctx); err != nil {
+		return "run the control", err
+	}
 	t.use(ctx)
 	if err := t.stopAgent(); err != nil {
 		return "stop the agent", err
 	}
-	if err := t.events(); err != nil {
+	if err := t.events(ctx); err != nil {
 		return "read the agent's log", err
 	}
 	return "", nil
@@ -260,6 +252,21 @@ func (t *trial) startAgent(ctx context.Context) error {
 			return fmt.Errorf("%s: %w: %s", text, ctx.Err(), t.agentLog())
 		}
 	}
+}
+
+// controlScript is unlisted, and read by the image's shell before anything else:
+// where no event tells of it, the agent does not know that shell, and sees nothing
+// of what it reads.
+const controlScript = "/run/ringwall-csv-control"
+
+func (t *trial) control(ctx context.Context) error {
+	if err := os.WriteFile(controlScript, []byte(": "+t.e.now().String()+"\n"), 0o600); err != nil {
+		return err
+	}
+	if out, err := t.command(ctx, []string{"/bin/sh", controlScript}); err != nil {
+		return fmt.Errorf("%w: %s", err, lastOutput(out))
+	}
+	return nil
 }
 
 func (t *trial) agentLog() string {
@@ -376,7 +383,11 @@ func (t *trial) stopAgent() error {
 		return err
 	}
 	select {
-	case <-t.ended:
+	case err := <-t.ended:
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.Exited() {
+			return fmt.Errorf("%w: %s", err, t.agentLog())
+		}
 		return nil
 	case <-time.After(time.Minute):
 		return fmt.Errorf("it does not end: %s", t.agentLog())
@@ -384,23 +395,26 @@ func (t *trial) stopAgent() error {
 }
 
 // events reports what the log holds.
-func (t *trial) events() error {
+func (t *trial) events(ctx context.Context) error {
 	self, err := fileSHA256(guestBinary)
 	if err != nil {
 		return err
 	}
 	var lost uint64
-	err = readEvents(context.Background(), agent.DefaultStateDir, 0, false, func(r *agent.Record, _ []byte) {
+	seen := false
+	err = readEvents(ctx, agent.DefaultStateDir, 0, false, func(r *agent.Record, _ []byte) {
 		switch r.Type {
 		case "gap":
 			lost += max(r.Lost, 1)
 		case "audit", "block":
-			if ev := t.event(r); ev.SHA256 != self {
+			if r.Path == controlScript {
+				seen = true
+			} else if ev := t.event(r); ev.SHA256 != self {
 				t.send(csv.RunLine{Event: ev})
 			}
 		}
 	})
-	t.send(csv.RunLine{Lost: lost})
+	t.send(csv.RunLine{Lost: lost, Blind: !seen})
 	return err
 }
 

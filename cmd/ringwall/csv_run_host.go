@@ -420,11 +420,8 @@ func (g *candidateGuest) packageNotes(list []agent.PackageResult) {
 			}
 		}
 	}
-	switch {
-	case refused > 0:
-		g.notes = append(g.notes, fmt.Sprintf("%d of %d packages were not believed by the guest (%s): scripts that their interpreters read were not seen", refused, len(list), first))
-	case len(list) == 0:
-		g.notes = append(g.notes, "scripts that the image's interpreters read: the guest knew no package of the image (--host-package)")
+	if refused > 0 {
+		g.notes = append(g.notes, fmt.Sprintf("%d of %d packages that the guest did not believe, such as %s", refused, len(list), first))
 	}
 }
 

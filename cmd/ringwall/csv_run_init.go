@@ -280,9 +280,7 @@ func writeGuestUnit() error {
 	unit := "[Unit]\nDescription=Trial of a candidate\nAfter=multi-user.target\n" +
 		"[Service]\nType=exec\nExecStart=" + guestBinary + " csv guest --trial\n" +
 		"KillMode=process\nOOMPolicy=continue\nTasksMax=infinity\nLimitMEMLOCK=infinity\n"
-	for _, e := range guestEnv() {
-		unit += "Environment=" + e + "\n"
-	}
+	unit += "Environment=" + strings.Join(guestEnv(), "\nEnvironment=") + "\n"
 	if err := os.WriteFile(dir+"/"+name, []byte(unit), 0o644); err != nil { //nolint:gosec // as systemd has it
 		return err
 	}

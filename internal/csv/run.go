@@ -21,16 +21,16 @@ const (
 	PhaseSmoke   = "smoke"
 )
 
-// RunLine is one line, in JSON, of what a guest reports. Exactly one of the
-// fields after Version is set.
+// RunLine is one line, in JSON, of what a guest reports.
 type RunLine struct {
 	Version int        `json:"version"`
 	Step    string     `json:"step,omitempty"` // what begins, for a person
 	Kernel  string     `json:"kernel,omitempty"`
 	Event   *RunEvent  `json:"event,omitempty"`
 	Failed  *RunFailed `json:"failed,omitempty"`
-	Lost    uint64     `json:"lost,omitempty"` // events that were raised and not recorded
-	End     bool       `json:"end,omitempty"`  // everything was reported
+	Lost    uint64     `json:"lost,omitempty"`  // events that were raised and not recorded
+	Blind   bool       `json:"blind,omitempty"` // what the image's shell reads raises no events
+	End     bool       `json:"end,omitempty"`   // everything was reported
 }
 
 // RunEvent is something that the policy would have refused, as the guest's agent
@@ -64,6 +64,7 @@ type Run struct {
 	Events []RunEvent
 	Failed []RunFailed
 	Lost   uint64
+	Blind  bool
 	Ended  bool
 	Lines  int
 }
@@ -125,6 +126,7 @@ func (o *Run) line(b []byte, step func(string)) error {
 		}
 	}
 	o.Lost += l.Lost
+	o.Blind = o.Blind || l.Blind
 	o.Ended = l.End
 	return nil
 }

@@ -57,7 +57,7 @@ func JudgeRun(ctx context.Context, t Trial, o Options) (*Report, error) {
 	col.live, col.name, col.epoch, col.digest, col.modes = true, p.Name, p.Epoch, p.Digest, p.Modes
 	r := &runJudge{judge: j, q: &questions{j: j, col: col, c: c, origin: j.believe(col, p)}, at: map[integrity.Digest]int32{}, seen: map[string]bool{}}
 	for i := range b.contents {
-		r.at[b.contents[i].digest] = int32(i) //nolint:gosec // at most codesign.MaxRecords
+		r.at[b.contents[i].digest] = int32(i)
 	}
 	for i := range t.Run.Events {
 		r.event(&t.Run.Events[i])
@@ -130,7 +130,7 @@ func (r *runJudge) used(e *RunEvent) {
 	if ours {
 		ref = r.b.contents[i].ref()
 	}
-	if r.find(c, ref) {
+	if r.find(c, ref) && (ours || !e.Old) {
 		if c.severity == Block {
 			r.blocked++
 		} else {
@@ -237,6 +237,9 @@ func (r *runJudge) ended(run *Run) {
 	}
 	if run.Lost > 0 {
 		hold(fmt.Sprintf("%d events were raised and lost, so nobody knows what they were", run.Lost), "run it again, with more --cpus or a shorter smoke test")
+	}
+	if run.Blind && r.q.c.Policy.Modes[integrity.KindScript] != integrity.ModeOff {
+		r.note("scripts that the image's interpreters read: the guest's agent does not know the image's shell; give its packages with --host-package")
 	}
 	if n := len(r.image); n > 0 {
 		shown := r.image[:min(n, 3)]

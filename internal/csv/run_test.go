@@ -145,12 +145,12 @@ func TestParseRun(t *testing.T) {
 	text := `{"version":1,"kernel":"6.1.0-56","step":"the kernel is up"}
 {"version":1,"event":{"phase":"smoke","reason":"unlisted","text":"x","kind":"script","path":"/x","sha256":"` + sum("x") + `"}}
 {"version":1,"failed":{"what":"false","command":true}}
-{"version":1,"lost":3}
+{"version":1,"lost":3,"blind":true}
 {"version":1,"end":true}
 after the end`
 	var steps []string
 	r, err := csv.ParseRun(strings.NewReader(text), func(s string) { steps = append(steps, s) })
-	if err != nil || !r.Ended || r.Lost != 3 || len(r.Events) != 1 || len(r.Failed) != 1 || r.Kernel != "6.1.0-56" || len(steps) != 1 {
+	if err != nil || !r.Ended || r.Lost != 3 || !r.Blind || len(r.Events) != 1 || len(r.Failed) != 1 || r.Kernel != "6.1.0-56" || len(steps) != 1 {
 		t.Errorf("%+v, %v, %q", r, err, steps)
 	}
 	if r, err := csv.ParseRun(strings.NewReader(text[:100]), nil); err != nil || r.Ended {
