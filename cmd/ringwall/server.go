@@ -125,7 +125,8 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 	if err := os.MkdirAll(o.data, 0o700); err != nil {
 		return err
 	}
-	release, err := lockData(o.data, false)
+	only := o.database == "" // the one process with this database
+	release, err := lockData(o.data, only)
 	if err != nil {
 		return err
 	}
@@ -136,6 +137,11 @@ func (o *serverOptions) serve(ctx context.Context, e *env) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, parts.close()) }()
+	if only {
+		if err := parts.store.EndLeases(ctx); err != nil {
+			return err
+		}
+	}
 	if err := o.assemble(ctx, e, parts); err != nil {
 		return err
 	}

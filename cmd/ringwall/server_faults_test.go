@@ -7,11 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	mathrand "math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +23,7 @@ import (
 
 	"ringwall/internal/api"
 	"ringwall/internal/audit"
+	"ringwall/internal/control"
 	"ringwall/internal/pki"
 	"ringwall/internal/testkit"
 	"ringwall/internal/transparency"
@@ -457,4 +460,36 @@ func TestFaults_replicas(t *testing.T) {
 	l.whole(t, c, b.data)
 	a.start()
 	l.whole(t, a.client(token), a.data)
+}
+
+// An embedded server that was killed does not wait for the leases that it held:
+// rollouts and pages go on at once.
+func TestFaults_leads(t *testing.T) {
+	t.Parallel()
+	p := startProcess(t, filepath.Join(t.TempDir(), "fleet"), "--metrics", "127.0.0.1:0")
+	leads := func() bool {
+		t.Helper()
+		_, rest, _ := strings.Cut(p.said.String(), "metrics on ")
+		url, _, _ := strings.Cut(rest, "\n")
+		for end := time.Now().Add(control.DefaultTerm / 2); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			resp, err := http.Get(url)
+			if err != nil {
+				continue
+			}
+			b, _ := io.ReadAll(resp.Body)
+			_ = resp.Body.Close()
+			if bytes.Contains(b, []byte("ringwall_lease_held{")) && !regexp.MustCompile(`(?m)^ringwall_lease_held\{.*\} 0$`).Match(b) {
+				return true
+			}
+		}
+		return false
+	}
+	if !leads() {
+		t.Fatal("it does not lead at its start")
+	}
+	p.kill()
+	p.start()
+	if !leads() {
+		t.Error("it waits for itself")
+	}
 }

@@ -24,9 +24,9 @@ import (
 	"ringwall/internal/transparency"
 )
 
-// lockData holds a server's directory until release: shared by servers, alone for
-// who replaces the database under them. It ends with the process, however that
-// ends.
+// lockData holds a server's directory until release: alone for a server whose
+// database is in it and for who replaces that, shared by servers whose database
+// is elsewhere. It ends with the process, however that ends.
 func lockData(dir string, alone bool) (release func() error, err error) {
 	f, err := os.OpenFile(filepath.Join(dir, "server.lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
@@ -38,7 +38,7 @@ func lockData(dir string, alone bool) (release func() error, err error) {
 	}
 	if err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			err = fmt.Errorf("%s is in use: stop the server, or wait for the restore: %w", dir, errs.Conflict)
+			err = fmt.Errorf("%s is in use: a server runs there, or a restore; stop the server: %w", dir, errs.Conflict)
 		}
 		return nil, errors.Join(err, f.Close())
 	}
@@ -67,7 +67,8 @@ audit log is a whole chain, and that it is the beginning of what this server
 published. Then it takes the place of DATA/control.db, which stays beside it as
 control.db.before-TIME.
 
-What was changed after the backup is lost. If the published audit log knows of
+What was changed after the backup is lost, and what was taken back since is valid
+again: tokens, roles, revoked certificates. If the published audit log knows of
 such changes, it is kept as evidence under another name, with its key, and the
 server begins a new one: verifications against old checkpoints fail from then on,
 as they must. Clients that follow the change feed are told to list everything

@@ -190,7 +190,10 @@ func TestServer_backup(t *testing.T) {
 	s.must(0, "admin", "", "server", "backup", "--data", filepath.Join(s.dir, "fleet"), copied)
 	s.must(6, "admin", "", "server", "backup", "--data", filepath.Join(s.dir, "fleet"), copied)
 	s.must(4, "admin", "", "server", "backup", "--data", s.dir, copied+"2")
-	for _, f := range []string{"fleet/control.db", "fleet/tls/ca.key", "fleet/tls/server.key", "fleet/break-glass.token", "copy.db"} {
+	if got := s.must(6, "admin", "", "server", "--data", filepath.Join(s.dir, "fleet"), "--listen", "127.0.0.1:0"); !strings.Contains(got, "in use") {
+		t.Errorf("a second server on one SQLite database: %s", got)
+	}
+	for _, f := range []string{"fleet/control.db", "fleet/tls/ca.key", "fleet/tls/server.key", "fleet/break-glass.token", "fleet/audit-log.key", "copy.db"} {
 		st, err := os.Stat(filepath.Join(s.dir, f))
 		if err != nil || st.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v, %v", f, st.Mode(), err)

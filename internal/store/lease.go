@@ -64,6 +64,20 @@ func (s *Store) ReleaseLease(ctx context.Context, name string, fence uint64) err
 	return s.endLease(ctx, "release", name, fence, 0)
 }
 
+// EndLeases ends every holding, for a process that knows that it is the only one
+// with this database: what one before it held when it was killed need not be
+// waited for. Fences go on growing.
+func (s *Store) EndLeases(ctx context.Context) error {
+	err := s.Write(ctx, func(tx *Tx) error {
+		_, err := tx.tx.ExecContext(ctx, "UPDATE lease SET until_us = 0")
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("end leases: %w", err)
+	}
+	return nil
+}
+
 func (s *Store) endLease(ctx context.Context, what, name string, fence uint64, term time.Duration) error {
 	err := s.Write(ctx, func(tx *Tx) error {
 		if err := tx.CheckFence(ctx, name, fence); err != nil {

@@ -65,6 +65,13 @@ func TestLease(t *testing.T) {
 		if err := check(b, third); err != nil {
 			t.Error(err)
 		}
+		if err := a.EndLeases(ctx); err != nil {
+			t.Error(err)
+		}
+		if fourth := acquire(a, "c"); fourth <= third {
+			t.Errorf("fence %d after %d", fourth, third)
+		}
+		refused("wrote with an old fence", check(b, third))
 		for _, bad := range []func() (uint64, error){
 			func() (uint64, error) { return a.AcquireLease(ctx, "", "a", term) },
 			func() (uint64, error) { return a.AcquireLease(ctx, "x", "", term) },
