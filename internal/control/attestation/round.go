@@ -213,29 +213,6 @@ func (s *Service) Verify(ctx context.Context, host string, a *attest.Answer) (*a
 	return r, nil
 }
 
-// challenges redeems one, in a transaction of its own: whatever comes of the
-// answer, the nonce is used up.
-type challenges struct {
-	ctx context.Context
-	s   *Service
-	got *attest.OpenChallenge
-}
-
-// PutChallenge implements attest.ChallengeStore.
-func (c *challenges) PutChallenge(attest.Challenge) error { return errs.Unsupported }
-
-// TakeChallenge implements attest.ChallengeStore.
-func (c *challenges) TakeChallenge(nonce []byte) (attest.Challenge, error) {
-	err := c.s.write(c.ctx, func(tx Tx) (err error) {
-		c.got, err = tx.TakeAttestationChallenge(c.ctx, nonce)
-		return err
-	})
-	if err != nil {
-		return attest.Challenge{}, err
-	}
-	return c.got.Challenge, nil
-}
-
 func (s *Service) verify(ctx context.Context, host string, a *attest.Answer) (*attest.Reply, error) {
 	open, err := s.redeem(ctx, host, a)
 	if err != nil {
@@ -301,26 +278,33 @@ func (s *Service) verify(ctx context.Context, host string, a *attest.Answer) (*a
 	return reply, nil
 }
 
-// redeem takes the challenge out and checks that the host may answer it.
+// redeem takes the challenge out, in a transaction of its own: whatever comes of
+// the answer, the nonce is used up. Then it checks that the host may answer it.
 func (s *Service) redeem(ctx context.Context, host string, a *attest.Answer) (*attest.OpenChallenge, error) {
-	c := &challenges{ctx: ctx, s: s}
-	taken, err := c.TakeChallenge(a.Nonce)
-	if err != nil && !errors.Is(err, errs.NotFound) {
+	open := &attest.OpenChallenge{}
+	err := s.write(ctx, func(tx Tx) error {
+		got, err := tx.TakeAttestationChallenge(ctx, a.Nonce)
+		if err == nil {
+			open = got
+		}
+		return err
+	})
+	switch {
+	case err != nil && !errors.Is(err, errs.NotFound):
+		return nil, err
+	case err == nil && open.Name != host:
+		return nil, notFor(host, open.Name)
+	}
+	if _, err := attest.Redeem(once{open.Challenge, err}, a.Nonce, open.Challenge.Host, s.Now().UTC()); err != nil {
 		return nil, err
 	}
-	if c.got != nil && c.got.Name != host {
-		return nil, notFor(host, c.got.Name)
-	}
-	if _, err := attest.Redeem(once{taken, err}, a.Nonce, taken.Host, s.Now().UTC()); err != nil {
-		return nil, err
-	}
-	if want := c.got.Opened; len(want) > 0 {
+	if want := open.Opened; len(want) > 0 {
 		sum := sha256.Sum256(a.Secret)
 		if subtle.ConstantTimeCompare(sum[:], want) != 1 {
 			return nil, attest.Refuse(attest.ReasonActivation, "the secret of the credential is another: the keys are not in one TPM")
 		}
 	}
-	return c.got, nil
+	return open, nil
 }
 
 func notFor(host, name string) error {
