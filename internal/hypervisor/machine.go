@@ -34,8 +34,6 @@ type Machine struct {
 	CPUs      int    // 0: 2
 	MemMiB    int    // 0: 1024
 	Disks     []Disk
-	// Emulate leaves KVM alone even where it works.
-	Emulate bool
 }
 
 // Disk is a virtio block device.
@@ -48,9 +46,7 @@ type Disk struct {
 
 // Result says how a machine ended.
 type Result struct {
-	KVM     bool          // or emulated
-	Total   time.Duration // from its start to its end
-	Console string        // the end of the kernel's messages, at most 64 KiB
+	Console string // the end of the kernel's messages, at most 64 KiB
 }
 
 // Panicked says whether the guest's kernel gave up.
@@ -143,10 +139,10 @@ func (m *Machine) run(ctx context.Context, report func(io.Reader) error) (Result
 	if err := Check(); err != nil {
 		return Result{}, err
 	}
-	r := Result{KVM: !m.Emulate && HaveKVM()}
+	var r Result
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	c := exec.CommandContext(ctx, program, m.args(r.KVM)...)
+	c := exec.CommandContext(ctx, program, m.args(HaveKVM())...)
 	// A guest must not outlive a program that was killed. The kernel ties this to
 	// the thread that forked, so the thread stays.
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -172,7 +168,6 @@ func (m *Machine) run(ctx context.Context, report func(io.Reader) error) (Result
 	}
 	defer console.Close()
 	c.ExtraFiles = []*os.File{theirs}
-	started := time.Now()
 	err = c.Start()
 	_ = theirs.Close()
 	if err != nil {
@@ -191,7 +186,7 @@ func (m *Machine) run(ctx context.Context, report func(io.Reader) error) (Result
 	waitErr := c.Wait()
 	_ = console.SetReadDeadline(time.Now().Add(time.Second))
 	reading.Wait()
-	r.Total, r.Console = time.Since(started), messages.String()
+	r.Console = messages.String()
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errEnough):
 		return r, nil
