@@ -1,0 +1,4 @@
+package httpapi
+
+// Loopback opens loopback to tests.
+var Loopback = loopback
