@@ -316,7 +316,7 @@ func (w *imaReader) entry(e *IMAEntry) error {
 		return checkBootAggregate(e, w.firmware)
 	}
 	if e.Violation {
-		w.facts.MoreViolations += add(&w.facts.Violations, Finding{Entry: e.Index, Path: e.Path})
+		w.facts.MoreViolations += add(&w.facts.Violations, Finding{Entry: e.Index, Path: shortPath(e.Path)})
 		return nil
 	}
 	if record := w.policy.PolicyRecord; record.Path != "" && e.Path == record.Path {
@@ -329,8 +329,19 @@ func (w *imaReader) entry(e *IMAEntry) error {
 	if w.catalogues != nil && w.catalogues.Knows(e.Alg, e.Digest, e.Verity) {
 		return nil
 	}
-	w.facts.MoreUnknown += add(&w.facts.Unknown, Finding{Entry: e.Index, Path: e.Path, Digest: e.digestText()})
+	w.facts.MoreUnknown += add(&w.facts.Unknown, Finding{Entry: e.Index, Path: shortPath(e.Path), Digest: e.digestText()})
 	return nil
+}
+
+// maxFindingPath keeps a result small enough to be signed, whatever names a host
+// gives its files: a refusal that could not be signed would be none.
+const maxFindingPath = 512
+
+func shortPath(path string) string {
+	if len(path) > maxFindingPath {
+		return strings.ToValidUTF8(path[:maxFindingPath], "") + "…"
+	}
+	return path
 }
 
 // digestText is the form of findings: "sha256:…", or "verity:sha256:…".

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -240,6 +241,32 @@ func TestResult_signed(t *testing.T) {
 	authority = other
 	if _, err := VerifyArchive(archive, in.Catalogues, open); !errors.Is(err, errs.Untrusted) {
 		t.Errorf("signed by a stranger: %v", err)
+	}
+}
+
+// Whatever names a host gives its files, its refusal can be signed.
+func TestResult_hostileNames(t *testing.T) {
+	authority, err := pki.CreateAuthority(t.TempDir(), pki.AuthorityOptions{Name: "Test", Now: time.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := authority.NewSigner(pki.LeafRequest{Purpose: pki.PurposeAppraisal, Identity: "spiffe://fleet.example/verifier", Now: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMachine()
+	for i := range 2 * maxFindings {
+		name := strings.Repeat("\x01", maxPath-8) + strconv.Itoa(i)
+		m.list(t).file(name, name)
+		m.list(t).add("ima-ng", true, ng("sha256", make([]byte, 32), name))
+	}
+	in := m.input(t, newForger(t))
+	r, _, _ := Appraise(in)
+	if !slices.Contains(r.Reasons(), ReasonIMAUnknown) || len(r.IMA.Unknown) != maxFindings || len(r.IMA.Violations) != maxFindings || r.IMA.MoreViolations != maxFindings {
+		t.Fatalf("%s, %d and %d findings", r.Reasons(), len(r.IMA.Unknown), len(r.IMA.Violations))
+	}
+	if _, err := r.Sign(s); err != nil {
+		t.Error(err)
 	}
 }
 
