@@ -26,7 +26,7 @@ func TestEngine_good(t *testing.T) {
 		t.Fatalf("%+v", s.Check)
 	}
 	seen := map[int]int{}
-	for range 2000 {
+	for range 500 {
 		s = w.status(change)
 		if s.Phase == rollout.Done {
 			break
@@ -34,7 +34,7 @@ func TestEngine_good(t *testing.T) {
 		if n := w.fleet.count(isOn(w.good)); n > 0 && seen[s.Ring] < n {
 			seen[s.Ring] = n
 		}
-		w.tick(time.Minute)
+		w.tick(5 * time.Minute)
 	}
 	if s.Phase != rollout.Done || w.fleet.count(isOn(w.good)) != 200 {
 		t.Fatalf("%s, %d hosts: %+v", s.Phase, w.fleet.count(isOn(w.good)), s.Why)
@@ -313,7 +313,7 @@ func TestEngine_signalsOfReplicas(t *testing.T) {
 // Once a halt is stored nobody is admitted; who has the change keeps it. When it
 // is gone the rollout goes on.
 func TestEngine_halt(t *testing.T) {
-	w := newWorld(t, 100, newKeys(t))
+	w := newWorld(t, 40, newKeys(t))
 	w.begin(tenth + `,"max_unavailable":1`)
 	w.until(change, rollout.Running, time.Second, 5)
 	for range 3 {
@@ -324,7 +324,7 @@ func TestEngine_halt(t *testing.T) {
 	if had == 0 {
 		t.Fatal("nobody had it when the halt came")
 	}
-	for range 200 {
+	for range 60 {
 		w.tick(time.Minute)
 	}
 	if n := w.fleet.count(func(x *fleet.Host) bool { return x.Assigned == w.good }); n != had {
@@ -337,7 +337,7 @@ func TestEngine_halt(t *testing.T) {
 	if err := w.door.Delete(t.Context(), ana(), id(halts+"stop"), noCondition(), false); err != nil {
 		t.Fatal(err)
 	}
-	w.until(change, rollout.Done, time.Minute, 3000)
+	w.until(change, rollout.Done, 5*time.Minute, 500)
 }
 
 // While it is halted an approved rollout does not begin, and nothing is tried and
@@ -382,8 +382,8 @@ func TestEngine_people(t *testing.T) {
 	w.begin("")
 	w.until(change, rollout.Running, time.Minute, 5)
 	w.must(ana(), change, "pause", `{"reason":"lunch"}`)
-	for range 200 {
-		w.tick(time.Minute)
+	for range 40 {
+		w.tick(5 * time.Minute)
 	}
 	if s := w.status(change); s.Ring != 0 || s.Paused != "paused: lunch (by ana)" {
 		t.Errorf("%+v", s)
@@ -412,7 +412,7 @@ func TestEngine_people(t *testing.T) {
 func TestEngine_rollbackOfWhatIsDone(t *testing.T) {
 	w := newWorld(t, 20, newKeys(t))
 	w.begin("")
-	w.until(change, rollout.Done, time.Minute, 3000)
+	w.until(change, rollout.Done, 5*time.Minute, 500)
 	away := w.fleet.all["web-0007"]
 	away.Online = false
 	w.pass(time.Hour)
@@ -447,7 +447,7 @@ func TestEngine_overtaken(t *testing.T) {
 	if s := w.status(change); s.Phase != rollout.Proposed || s.Check == nil {
 		t.Errorf("%+v", s)
 	}
-	w.until(change, rollout.Done, time.Minute, 3000)
+	w.until(change, rollout.Done, 5*time.Minute, 500)
 }
 
 func noCondition() resource.When { return resource.When{} }

@@ -311,11 +311,11 @@ type world struct {
 	fence  control.Fence
 	round  func(context.Context) error
 
-	fault  func() error
 	mayAsk func(*url.URL) bool
 
 	mu    sync.Mutex
 	clock time.Time
+	fault func() error
 }
 
 func (w *world) now() time.Time {
@@ -359,11 +359,20 @@ func newWorld(t testing.TB, n int, k *keys) *world {
 
 func (w *world) shelf() shelf {
 	return shelf{w.store, func() error {
-		if w.fault == nil {
+		w.mu.Lock()
+		fault := w.fault
+		w.mu.Unlock()
+		if fault == nil {
 			return nil
 		}
-		return w.fault()
+		return fault()
 	}}
+}
+
+func (w *world) setFault(f func() error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fault = f
 }
 
 // restart is a new process: it remembers nothing.
