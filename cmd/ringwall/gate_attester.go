@@ -25,7 +25,7 @@ DIR. The machine that checks gets those two and signs evidence with them; it can
 speak for itself only, and for seven days at most. Run it on the machine that has
 attest-ca.key, from a timer, and hand the files over as your pipeline's secrets.
 
-JSON: {"certificate", "key", "identity", "not_after"}`,
+JSON: {"certificate", "key", "identity", "not_after", "fingerprint"}`,
 		Example: "  ringwall gate attester ci --identity spiffe://fleet.example/attest/ci --keys keys --valid 24h",
 		Args:    exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -57,7 +57,8 @@ JSON: {"certificate", "key", "identity", "not_after"}`,
 				Key         string    `json:"key"`
 				Identity    string    `json:"identity"`
 				NotAfter    time.Time `json:"not_after"`
-			}{filepath.Join(args[0], "attester.crt"), filepath.Join(args[0], "attester.key"), identity, leaf.NotAfter}
+				Fingerprint string    `json:"fingerprint"` // SHA-256, for trust.revoked of a release policy
+			}{filepath.Join(args[0], "attester.crt"), filepath.Join(args[0], "attester.key"), identity, leaf.NotAfter, fmt.Sprintf("%x", pki.Fingerprint(leaf))}
 			// the old pair is replaced: that is what the timer is for
 			if err := host.WriteFile(out.Key, secret, 0o600); err != nil {
 				return err
@@ -66,7 +67,7 @@ JSON: {"certificate", "key", "identity", "not_after"}`,
 				return err
 			}
 			return e.emit(out, func(w io.Writer) {
-				fmt.Fprintf(w, "%s may attest until %s\n  %s\n  %s\n", identity, leaf.NotAfter.UTC().Format(time.RFC3339), shown(out.Certificate), shown(out.Key))
+				fmt.Fprintf(w, "%s may attest until %s\n  %s\n  %s\n  fingerprint %s\n", identity, leaf.NotAfter.UTC().Format(time.RFC3339), shown(out.Certificate), shown(out.Key), out.Fingerprint)
 			})
 		},
 	}

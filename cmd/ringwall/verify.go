@@ -41,8 +41,16 @@ type verifiedRelease struct {
 	Policy      string         `json:"policy,omitempty"` // SHA-256 of the release policy
 	Ring        string         `json:"ring,omitempty"`
 	Breakglass  string         `json:"breakglass,omitempty"` // the reason
+	Log         *loggedJSON    `json:"log,omitempty"` // nil: whom is trusted names no log
 	Records     int            `json:"records"`
 	Content     *contentCheck  `json:"content,omitempty"`
+}
+
+// loggedJSON is where a release stands in a transparency log.
+type loggedJSON struct {
+	Name  string `json:"name"`
+	Index uint64 `json:"index"`
+	Size  uint64 `json:"size"` // of the log when the proof was made
 }
 
 type artefactJSON struct {
@@ -90,7 +98,8 @@ files count when they were signed with --all-files.
 
 JSON of a release: {"file", "product", "version", "epoch", "revision", "release",
 "authority", "identity", "certificate", "signed_at", "not_after", "artefacts",
-"gates", "policy", "ring", "breakglass", "records", "content": {"path", "same", "artefact", "differences":
+"gates", "policy", "ring", "breakglass", "log": {"name", "index",
+"size"}, "records", "content": {"path", "same", "artefact", "differences":
 [{"change": "added|removed|changed", "path", "signed", "found"}]}}
 JSON of a policy: {"file", "name", "epoch", "supplements", "sha256", "authority",
 "identity", "certificate", "signed_at"}`,
@@ -161,6 +170,9 @@ func describeRelease(r *loadedRelease) *verifiedRelease {
 		out.Policy = r.Policy.String()
 	}
 	out.Ring, out.Breakglass = r.Ring, r.Breakglass
+	if l := r.Logged; l != nil {
+		out.Log = &loggedJSON{l.Log, l.Index, l.Size}
+	}
 	for _, a := range r.Artefacts {
 		out.Artefacts = append(out.Artefacts, artefactJSON{a.Name, a.Digest.String()})
 	}
@@ -180,6 +192,9 @@ func (v *verifiedRelease) write(w io.Writer) {
 		fmt.Fprintf(w, "  revision     %s\n", v.Revision)
 	}
 	fmt.Fprintf(w, "  release      %s\n  certificate  %s\n", v.Release, v.Certificate)
+	if v.Log != nil {
+		fmt.Fprintf(w, "  log          %s, entry %d of %d\n", shown(v.Log.Name), v.Log.Index, v.Log.Size)
+	}
 	for _, a := range v.Artefacts {
 		fmt.Fprintf(w, "  artefact     %s %s\n", a.SHA256, shown(a.Name))
 	}

@@ -65,6 +65,7 @@ type Release struct {
 	SignedAt  time.Time
 	Catalogue integrity.Digest // SHA-256 of the catalogue
 	Names     integrity.Digest // SHA-256 of the name table
+	Logged    *pki.Logged      // where it stands in a transparency log; nil unless the roots name one
 
 	// Of the signing certificate, of its CA and of who signed the timestamp, see pki.Fingerprint.
 	CertFingerprint, CAFingerprint, TSAFingerprint integrity.Digest
@@ -202,7 +203,7 @@ func verifyRelease(bundle, catalogue []byte, roots pki.TrustRoots, purpose pki.P
 	if purposeOf(r.Breakglass) != purpose {
 		return nil, nil, fmt.Errorf("release record: a %v certificate for a release that wants a %v one: %w", purpose, purposeOf(r.Breakglass), errs.Untrusted)
 	}
-	r.CA, r.Identity, r.SignedAt = v.CA, v.Identity, v.SignedAt
+	r.CA, r.Identity, r.SignedAt, r.Logged = v.CA, v.Identity, v.SignedAt, v.Logged
 	r.CertFingerprint, r.CAFingerprint, r.TSAFingerprint = v.Fingerprint, v.CAFingerprint, v.TSAFingerprint
 	return r, c, nil
 }

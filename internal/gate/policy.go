@@ -198,6 +198,26 @@ func (d *document) trust(n *yaml.Node, where string) {
 	d.Mapping(n, where, []strictyaml.Field{
 		strictyaml.Required("authorities", anchors(&d.p.Trust.CAs)),
 		strictyaml.Required("timestamps", anchors(&d.p.Trust.TSAs)),
+		strictyaml.Optional("revoked", d.revoked),
+	})
+}
+
+// revoked reads certificates whose word counts no more: of attesters, of their
+// authorities, of timestamp authorities.
+func (d *document) revoked(n *yaml.Node, where string) {
+	d.list(n, where, func(n *yaml.Node, where string) {
+		var r pki.Revocation
+		d.Mapping(n, where, []strictyaml.Field{
+			strictyaml.Required("sha256", func(n *yaml.Node, where string) {
+				f, err := ParseDigest(n.Value)
+				if n.Kind != yaml.ScalarNode || err != nil || f.IsZero() {
+					d.Problem(n, where, "must be 64 lower-case hex digits", "the certificate's fingerprint: openssl x509 -noout -fingerprint -sha256 -in FILE, without colons, in lower case")
+				}
+				r.Fingerprint = f
+			}),
+			strictyaml.Optional("from", func(n *yaml.Node, where string) { r.From = d.Time(n, where) }),
+		})
+		d.p.Trust.Revoked = append(d.p.Trust.Revoked, r)
 	})
 }
 

@@ -2,16 +2,20 @@ package gate_test
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"go.yaml.in/yaml/v3"
 
 	"ringwall/internal/errs"
 	"ringwall/internal/gate"
+	"ringwall/internal/pki"
 	"ringwall/internal/strictyaml"
 )
 
@@ -46,6 +50,7 @@ func TestParsePolicy_problems(t *testing.T) {
 		"custom of a kind":     {"type: \"https://licences.example/v1\"", "type: \"https://slsa.dev/provenance/v1\"", "gates[7].type", "kind: provenance"},
 		"provenance of source": {"kind: provenance,", "kind: provenance, about: source,", "gates[4]", "remove"},
 		"kernel signature":     {"[fsverity, roothash]", "[fsverty]", "kernel_signatures[0]", "did you mean fsverity?"},
+		"revoked, no digest":   {"attesters:\n  - {name: ci", "  revoked: [{sha256: abc}]\nattesters:\n  - {name: ci", "trust.revoked[0].sha256", "fingerprint"},
 		"signed twice":         {"[fsverity, roothash]", "[ima, ima]", "kernel_signatures[1]", "there already"},
 		"certificate":          {"-----BEGIN", "-----BEGUN", "trust.authorities[0].certificate", "paste"},
 	} {
@@ -124,6 +129,46 @@ func TestSchema(t *testing.T) {
 	} {
 		if check(strings.Replace(good, edit[0], edit[1], 1)) == nil {
 			t.Errorf("the schema takes %s", edit[1])
+		}
+	}
+}
+
+// What a revoked certificate signed from then on counts nowhere.
+func TestPolicy_revoked(t *testing.T) {
+	w := newWorld(t)
+	st, err := gate.EncodeStatement(about(), gate.TypeTest, json.RawMessage(`{"result":"PASSED","passedTests":["a"]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := gate.Sign(w.signers["ci"], st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := w.now
+	for name, tc := range map[string]struct {
+		cert *x509.Certificate
+		from string
+		kind error
+	}{
+		"the attester's":              {w.signers["ci"].Leaf, "", errs.Untrusted},
+		"its authority's":             {w.Issuers[pki.PurposeAttest].Cert, "", errs.Untrusted},
+		"the timestamp authority's":   {w.TSA.Cert, "", errs.Untrusted},
+		"from before it signed":       {w.signers["ci"].Leaf, signed.Add(-time.Minute).Format(time.RFC3339), errs.Untrusted},
+		"from after it signed":        {w.signers["ci"].Leaf, signed.Add(time.Minute).Format(time.RFC3339), nil},
+		"another attester's":          {w.signers["forge"].Leaf, "", nil},
+		"another, from before it was": {w.signers["forge"].Leaf, signed.Add(-time.Minute).Format(time.RFC3339), nil},
+	} {
+		item := fmt.Sprintf("{sha256: %x", pki.Fingerprint(tc.cert))
+		if tc.from != "" {
+			item += ", from: " + tc.from
+		}
+		doc := strings.Replace(w.document(allGates), "attesters:\n", "  revoked:\n    - "+item+"}\nattesters:\n", 1)
+		p, err := gate.ParsePolicy("p.yaml", []byte(doc))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := gate.Open(bundle, p.Trust); !errors.Is(err, tc.kind) {
+			t.Errorf("%s: %v, want %v", name, err, tc.kind)
 		}
 	}
 }
