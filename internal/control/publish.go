@@ -36,7 +36,8 @@ type Sequence interface {
 }
 
 const (
-	outboxPage  = 256                    // records at once
+	publishPage = 1024                   // records in one checkpoint, at most
+	outboxPage  = 256                    // records in one message to a receiver; syslog.Sender keeps so many
 	outboxPoll  = 500 * time.Millisecond // how soon a record is seen
 	outboxRetry = 3 * time.Second
 )
@@ -107,7 +108,7 @@ func (p *Publisher) publish(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	for {
-		records, err := p.Outbox.AuditAfter(ctx, last.Seq, outboxPage)
+		records, err := p.Outbox.AuditAfter(ctx, last.Seq, publishPage)
 		if err != nil {
 			return err
 		}

@@ -144,18 +144,18 @@ func (p *press) agrees() uint64 {
 func TestPublisher(t *testing.T) {
 	t.Parallel()
 	p := newPress(t)
-	p.write(300) // more than a page
-	if said := p.run(300, 20*time.Second); said != "" || p.agrees() != 300 {
+	p.write(1100) // more than a page
+	if said := p.run(1100, 20*time.Second); said != "" || p.agrees() != 1100 {
 		t.Fatalf("%d published: %s", p.agrees(), said)
 	}
 	p.write(5)
-	if said := p.run(305, 20*time.Second); said != "" || p.agrees() != 305 {
+	if said := p.run(1105, 20*time.Second); said != "" || p.agrees() != 1105 {
 		t.Fatalf("%d published after a restart: %s", p.agrees(), said)
 	}
 	// A database that forgot how far it was, such as one restored from a copy.
 	p.sql("DELETE FROM outbox")
 	p.write(2)
-	if said := p.run(307, 20*time.Second); said != "" || p.agrees() != 307 {
+	if said := p.run(1107, 20*time.Second); said != "" || p.agrees() != 1107 {
 		t.Errorf("%d published after the outbox was lost: %s", p.agrees(), said)
 	}
 }
