@@ -14,7 +14,7 @@ import (
 )
 
 func newTokenCommand(e *env) *cobra.Command {
-	return newGroup("token", groupFleet, "Make tokens for people and services",
+	return newGroup("token", groupFleet, "Make tokens for what can neither sign on nor show a certificate",
 		`A token stands for a principal, whose role assignments say what it may do. The
 server keeps its SHA-256 only. A token is revoked by deleting its document:
 ringwall resource list /providers/Ringwall.Identity/tokens`,
@@ -28,19 +28,27 @@ func newTokenCreateCommand(e *env) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "create PRINCIPAL",
 		Short: "Make a token, and print it once",
-		Long: `Makes a token for a principal, an object id that role assignments name. It takes
-what assigning roles takes, since a token is as good as all of its principal's
-roles.
+		Long: `Makes a token for a principal: user:NAME, service:NAME, or an object id that role
+assignments name. People sign on, and services have certificates; a token is for
+what can do neither. It takes what assigning roles takes, since a token is as good
+as all of its principal's roles.
 
 JSON: {"token", "id", "principal", "expires"}`,
-		Example: `  ringwall token create ana --name "Ana" --life 720h > ana.token
-  ringwall resource put /providers/Microsoft.Authorization/roleAssignments/ana-reader --file reader.json`,
+		Example: `  ringwall token create exporter --life 720h > exporter.token
+  ringwall role assign reader --to exporter`,
 		Args: exactly("PRINCIPAL"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if life <= 0 {
 				return usage(fmt.Errorf("--life %v: want a time to come", life))
 			}
-			t := control.Token{Principal: args[0], Name: name, Groups: groups, Expires: e.now().Add(life).UTC().Truncate(time.Second)}
+			principal, err := principalOf(args[0])
+			if err != nil {
+				return err
+			}
+			if groups, err = principalsOf(groups); err != nil {
+				return err
+			}
+			t := control.Token{Principal: principal, Name: name, Groups: groups, Expires: e.now().Add(life).UTC().Truncate(time.Second)}
 			if t.Name == "" {
 				t.Name = t.Principal
 			}
@@ -69,7 +77,7 @@ JSON: {"token", "id", "principal", "expires"}`,
 	}
 	f := c.Flags()
 	f.StringVar(&name, "name", "", "`NAME` for people and the audit log (default: the principal)")
-	f.StringArrayVar(&groups, "group", nil, "object `ID` of a group that it belongs to; repeat")
+	f.StringArrayVar(&groups, "group", nil, "`GROUP` that it belongs to: group:NAME or an object id; repeat")
 	f.DurationVar(&life, "life", 30*24*time.Hour, "how `LONG` it lasts, at most a year")
 	return c
 }

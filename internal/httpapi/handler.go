@@ -63,13 +63,15 @@ type API struct {
 	// are not yet anybody, such as hosts that enrol.
 	public, joining *limiter
 	answers         Answers // nil: Idempotency-Key is not taken
+
+	sameOrigin *http.CrossOriginProtection
 }
 
 // New returns the handler of everything. Nothing but what Route calls public is
 // answered without authentication.
 func New(d Door, log *slog.Logger, now func() time.Time, options ...Option) *API {
 	a := &API{
-		door: d, log: log, now: now, mux: http.NewServeMux(),
+		door: d, log: log, now: now, mux: http.NewServeMux(), sameOrigin: http.NewCrossOriginProtection(),
 		limits: newLimiter(defaultLimits(), now), public: newLimiter(Limits{PerSecond: 10, Burst: 100, Open: 64}, now),
 		joining: newLimiter(Limits{PerSecond: 1000, Burst: 10_000, Open: 1024}, now),
 	}
@@ -127,6 +129,10 @@ func deadlines(w http.ResponseWriter, r *http.Request, answer time.Duration) {
 }
 
 func (a *API) answer(w http.ResponseWriter, r *http.Request, route Route, who Authenticator) error {
+	// a browser may hold a client certificate, and show it on behalf of any page
+	if err := a.sameOrigin.Check(r); err != nil {
+		return fmt.Errorf("a page from elsewhere asks: %w: %w", err, errs.Denied)
+	}
 	if route.Public {
 		if route.Path == healthPath {
 			return route.Serve(w, r, control.Actor{})

@@ -170,3 +170,15 @@ func TestSlowClients(t *testing.T) {
 		t.Errorf("%d bytes, %v", n, err)
 	}
 }
+
+// A page from elsewhere changes nothing, even in a browser that holds a certificate.
+func TestCrossOrigin(t *testing.T) {
+	s, _, _ := newServerWith(t)
+	s.want(201, s.do(s.admin, "PUT", sub, `{}`))
+	for _, h := range [][]string{{"Sec-Fetch-Site", "cross-site"}, {"Origin", "https://evil.example"}, {"Origin", "null"}} {
+		s.want(403, s.do(s.admin, "PUT", sub, `{}`, h...), "a page from elsewhere")
+		s.want(403, s.do("", "DELETE", sub, "", h...), "a page from elsewhere")
+		s.want(200, s.do(s.admin, "GET", sub, "", h...)) // which no page can read
+	}
+	s.want(200, s.do(s.admin, "PUT", sub, `{}`, "Sec-Fetch-Site", "same-origin"))
+}
