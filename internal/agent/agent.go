@@ -113,6 +113,8 @@ type Options struct {
 	// or, without any, to everyone again; nil: this agent cannot.
 	Isolate func(ctx context.Context, to []netip.AddrPort) error
 
+	uncovered func() []enforce.Problem // enforce.Uncovered; it reads the kernel's types
+
 	pace  pace              // the zero value is normalPace
 	crash func(step string) // tests look at what a crash would leave
 }
@@ -189,6 +191,9 @@ func New(o Options) (*Agent, error) {
 	}
 	a := &Agent{
 		opts: o, log: o.Log, self: self, clock: c, verity: verity, floor: s.openFloor(), state: s, started: o.Now(), volumes: map[uint64]integrity.Digest{},
+	}
+	if a.opts.uncovered == nil {
+		a.opts.uncovered = enforce.Uncovered
 	}
 	if a.opts.pace == (pace{}) {
 		a.opts.pace = normalPace()

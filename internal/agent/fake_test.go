@@ -242,7 +242,7 @@ func (l *lab) start() {
 }
 
 func (l *lab) tryStart() error {
-	o := Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib, Program: l.program}
+	o := Options{StateDir: l.state(), RunDir: l.run(), Log: slog.New(slog.DiscardHandler), Now: l.now, Open: l.kernel.open, usrLib: l.usrLib, Program: l.program, uncovered: func() []enforce.Problem { return nil }}
 	if l.options != nil {
 		l.options(&o)
 	}

@@ -37,7 +37,7 @@ func TestJoin(t *testing.T) {
 		t.Errorf("the token is kept: %v", err)
 	}
 	link := l.status().Link
-	for end := time.Now().Add(5 * time.Second); link != nil && link.State != linkConnected && time.Now().Before(end); link = l.status().Link {
+	for end := time.Now().Add(time.Minute); link != nil && link.State != linkConnected && time.Now().Before(end); link = l.status().Link {
 		time.Sleep(5 * time.Millisecond)
 	}
 	if link == nil || link.Server != f.srv.URL || link.Resource != hostPlace || !slices.Equal(link.CA, []string{"Fleet server CA"}) || link.State != linkConnected {
@@ -185,7 +185,7 @@ func TestManifest_confirmed(t *testing.T) {
 	f.assign(m8)
 	f.untilPhase(agentpb.State_PHASE_CONFIRMED, m8)
 	stale := filepath.Join(l.state(), dirChunks, integrity.Digest(sha256.Sum256(one.Catalogue)).String())
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if _, err := os.Stat(stale); errors.Is(err, os.ErrNotExist) {
 			break
 		}
@@ -294,8 +294,10 @@ func TestTrial_takenBack(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l, f := newLab(t), newFleetServer(t)
+			trialMax := 700 * time.Millisecond
 			l.options = func(o *Options) {
 				o.pace = testPace()
+				o.pace.trialMax = trialMax
 				o.Units = Units{Watch: []string{"ssh.service", "other.service"}, Run: func(_ context.Context, args ...string) (string, error) {
 					if args[0] != "is-active" {
 						return "", nil
@@ -319,7 +321,7 @@ func TestTrial_takenBack(t *testing.T) {
 			f.set(func() { f.assigned, f.muteTrial = m, c.mute })
 			f.until("the trial", func(s *agentpb.State) bool { return s.GetPhase() == agentpb.State_PHASE_PROVISIONAL })
 			c.after(l)
-			for end := time.Now().Add(10 * time.Second); l.kernel.live().Epoch != 5; time.Sleep(5 * time.Millisecond) {
+			for end := time.Now().Add(time.Minute); l.kernel.live().Epoch != 5; time.Sleep(5 * time.Millisecond) {
 				if time.Now().After(end) {
 					t.Fatal("not taken back")
 				}
@@ -335,6 +337,7 @@ func TestTrial_takenBack(t *testing.T) {
 			f.got("the signal", func(r *agentpb.Record) bool { return r.GetSignal().GetName() == signalReverted })
 			// it stays so, also after a restart
 			l.stop()
+			trialMax = time.Minute
 			l.start()
 			f.untilPhase(agentpb.State_PHASE_REVERTED, m)
 			if l.kernel.live().Epoch != 5 {
@@ -351,16 +354,16 @@ func TestTrial_takenBack(t *testing.T) {
 // What tightens stays, whatever the host's own checks say.
 func TestManifest_tightens(t *testing.T) {
 	t.Parallel()
-	l, f := inFleet(t)
+	l, f := inFleetFor(t, 200*time.Millisecond)
 	m := l.manifest(f, l.policy(6, "enforce", ""), 6, nil, func(m *codesign.Manifest) { m.Tightens = true })
 	f.assign(m)
-	for end := time.Now().Add(10 * time.Second); l.kernel.live().Epoch != 6; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); l.kernel.live().Epoch != 6; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("not taken")
 		}
 	}
 	f.set(func() { f.down = true })
-	time.Sleep(testPace().trialMax + 200*time.Millisecond)
+	time.Sleep(400 * time.Millisecond)
 	if e := l.kernel.live().Epoch; e != 6 {
 		t.Errorf("epoch %d", e)
 	}
@@ -443,7 +446,7 @@ func TestFleetFiles_damaged(t *testing.T) {
 				if s := c.status(); s.State != StateEnforcing || s.Policy.Epoch != 7 || !c.kernel.protected {
 					t.Errorf("state %s, epoch %d", s.State, s.Policy.Epoch)
 				}
-				for end := time.Now().Add(5 * time.Second); !c.allows("#!/bin/sh\n# rel\n"); time.Sleep(5 * time.Millisecond) {
+				for end := time.Now().Add(time.Minute); !c.allows("#!/bin/sh\n# rel\n"); time.Sleep(5 * time.Millisecond) {
 					if time.Now().After(end) {
 						t.Fatal("the manifest's release is not authorised")
 					}
@@ -461,31 +464,36 @@ func TestSpool_serverAway(t *testing.T) {
 	f.until("a report", func(s *agentpb.State) bool { return s.GetEpoch() == 5 })
 	seq := uint64(0)
 	block := func() { seq++; l.use(seq, fmt.Sprintf("content %d", seq), 5) }
-	began := time.Now()
-	block()
-	f.got("the first block", func(r *agentpb.Record) bool { return r.GetBlock().GetEvent() == 1 })
-	if d := time.Since(began); d > time.Second {
-		t.Errorf("a block took %v to the server", d)
+	fastest := time.Hour
+	for n := uint64(1); n <= 5 && fastest > time.Second; n++ { // a busy machine may need another try
+		began := time.Now()
+		block()
+		f.got("a block", func(r *agentpb.Record) bool { return r.GetBlock().GetEvent() == n })
+		fastest = min(fastest, time.Since(began))
 	}
+	if fastest > time.Second {
+		t.Errorf("a block took %v to the server", fastest)
+	}
+	connected := seq
 	f.set(func() { f.down = true })
 	for range 20 {
 		block()
 	}
-	l.waitFor("content 21")
+	l.waitFor(fmt.Sprintf("content %d", seq))
 	l.forward(time.Hour)
 	l.stop()
 	l.start()
 	for range 20 {
 		block()
 	}
-	l.waitFor("content 41")
+	l.waitFor(fmt.Sprintf("content %d", seq))
 	if s := l.status(); s.State != StateEnforcing || s.Link.Spooled == 0 {
 		t.Errorf("state %s, %s", s.State, jsonOf(s.Link))
 	}
 	f.set(func() { f.down = false; f.busy = 20 * time.Millisecond })
 	time.Sleep(100 * time.Millisecond)
 	f.set(func() { f.busy = 0 })
-	f.got("the last block", func(r *agentpb.Record) bool { return r.GetBlock().GetEvent() == 41 })
+	f.got("the last block", func(r *agentpb.Record) bool { return r.GetBlock().GetEvent() == seq })
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var got []uint64
@@ -497,7 +505,7 @@ func TestSpool_serverAway(t *testing.T) {
 			}
 		}
 	}
-	if len(got) != 41 || !slices.IsSorted(got) {
+	if uint64(len(got)) != connected+40 || !slices.IsSorted(got) {
 		t.Errorf("blocks %v", got)
 	}
 }
@@ -621,6 +629,11 @@ func TestTrial_crashAtEveryStep(t *testing.T) {
 			m6 := l.manifest(f, l.policy(6, "enforce", allowTool), 6, []ReleaseRequest{l.release(old)}, nil)
 			f.assign(m6)
 			f.untilPhase(agentpb.State_PHASE_CONFIRMED, m6)
+			if how == "taken back" {
+				l.stop()
+				l.options = func(o *Options) { o.pace, o.pace.trialMax = testPace(), 300*time.Millisecond }
+				l.start()
+			}
 			shots := map[string]*lab{}
 			var order []string
 			l.agent.opts.crash = func(step string) {
@@ -634,7 +647,7 @@ func TestTrial_crashAtEveryStep(t *testing.T) {
 			if how == "taken back" {
 				want = agentpb.State_PHASE_REVERTED
 				f.until("the trial", func(s *agentpb.State) bool { return s.GetPhase() == agentpb.State_PHASE_PROVISIONAL })
-				for end := time.Now().Add(10 * time.Second); l.kernel.live().Epoch != 6 && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+				for end := time.Now().Add(time.Minute); l.kernel.live().Epoch != 6 && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 				}
 				f.set(func() { f.muteTrial = false })
 			}

@@ -84,7 +84,7 @@ func (a *Agent) Status() Status {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := Status{
-		Host: a.state.Host(), Agent: true, Program: a.self.String(), NotCovered: enforce.Uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
+		Host: a.state.Host(), Agent: true, Program: a.self.String(), NotCovered: a.opts.uncovered(), Scope: a.state.Settings().Scope, Mechanism: mechanism,
 		Problems: a.problem, Floor: a.floor.Describe(), Bytecode: a.bytecode.status, Link: a.linkStatusLocked(),
 	}
 	if s.Scope == "" {
