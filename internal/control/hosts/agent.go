@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"reflect"
 	"strings"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -337,20 +338,59 @@ func (s *Service) chunk(ctx context.Context, h *host, r *agentpb.ChunkRequest) (
 	if err := s.within(h, &h.use.chunks, s.Limits.Chunks, 1); err != nil {
 		return nil, err
 	}
-	out := &agentpb.ChunkResponse{}
-	err := s.Store.Read(ctx, func(tx control.Tx) error {
-		chunks, err := of[chunkTx](tx)
-		if err != nil {
+	out, err := s.chunks.get(integrity.Digest(r.GetSha256()), r.GetOffset(), func() (*agentpb.ChunkResponse, error) {
+		out := &agentpb.ChunkResponse{}
+		err := s.Store.Read(ctx, func(tx control.Tx) error {
+			chunks, err := of[chunkTx](tx)
+			if err != nil {
+				return err
+			}
+			data, size, err := chunks.Chunk(ctx, integrity.Digest(r.GetSha256()), int64(r.GetOffset()), maxChunkAnswer) //nolint:gosec // bounded above
+			out.Data, out.Size = data, uint64(size)                                                                     //nolint:gosec // not negative
 			return err
-		}
-		data, size, err := chunks.Chunk(ctx, integrity.Digest(r.GetSha256()), int64(r.GetOffset()), maxChunkAnswer) //nolint:gosec // bounded above
-		out.Data, out.Size = data, uint64(size)                                                                     //nolint:gosec // not negative
-		return err
+		})
+		return out, err
 	})
 	if err == nil {
 		h.use.chunks.take(s.Limits.Chunks, float64(len(out.GetData())), s.Now())
 	}
 	return out, err
+}
+
+// answers keeps small chunks that were read: when a manifest goes to thousands of
+// hosts, all of them ask for the same few. Chunks never change.
+type answers struct {
+	mu   sync.Mutex
+	m    map[integrity.Digest]*agentpb.ChunkResponse // whole chunks; answers are not changed
+	size int
+}
+
+const (
+	maxKept    = 256 << 10 // bytes of a chunk that is kept
+	maxKeptAll = 32 << 20  // bytes of all
+)
+
+func (a *answers) get(d integrity.Digest, offset uint64, read func() (*agentpb.ChunkResponse, error)) (*agentpb.ChunkResponse, error) {
+	a.mu.Lock()
+	have := a.m[d]
+	a.mu.Unlock()
+	if have != nil {
+		return &agentpb.ChunkResponse{Data: have.GetData()[min(offset, have.GetSize()):], Size: have.GetSize()}, nil
+	}
+	out, err := read()
+	if err != nil || offset != 0 || out.GetSize() > maxKept || uint64(len(out.GetData())) != out.GetSize() {
+		return out, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.m == nil || a.size > maxKeptAll {
+		a.m, a.size = map[integrity.Digest]*agentpb.ChunkResponse{}, 0
+	}
+	if a.m[d] == nil {
+		a.m[d] = out
+		a.size += len(out.GetData())
+	}
+	return out, nil
 }
 
 // wait notes how the host stands, and holds the call until the server has

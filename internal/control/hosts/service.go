@@ -82,6 +82,7 @@ type Service struct {
 	counters counters
 	enrols   bucket
 	ingest   *ingester
+	chunks   answers
 
 	manifests struct {
 		sync.Mutex

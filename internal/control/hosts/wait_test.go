@@ -94,9 +94,14 @@ func testWait(t *testing.T, url string) {
 	if err != nil || parsed.Epoch != 7 || string(bundle) != string(got.r.GetManifest()) {
 		t.Errorf("%+v, %v", parsed, err)
 	}
-	chunk, err := a.Chunk(ctx, connect.NewRequest(&agentpb.ChunkRequest{Sha256: parsed.Policy[:], Offset: 3}))
-	if err != nil || string(chunk.Msg.GetData()) != "icy 7" || chunk.Msg.GetSize() != 8 {
-		t.Errorf("%v, %v", chunk, err)
+	for _, tc := range []struct {
+		offset uint64
+		want   string
+	}{{3, "icy 7"}, {0, "policy 7"}, {3, "icy 7"}, {8, ""}, {9, ""}} { // from the database, then from memory
+		chunk, err := a.Chunk(ctx, connect.NewRequest(&agentpb.ChunkRequest{Sha256: parsed.Policy[:], Offset: tc.offset}))
+		if err != nil || string(chunk.Msg.GetData()) != tc.want || chunk.Msg.GetSize() != 8 {
+			t.Errorf("%+v: %v, %v", tc, chunk, err)
+		}
 	}
 
 	// Having it, the host waits; a directive wakes it.
