@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -21,28 +22,37 @@ stay up. Its use is an alert. It needs no network.`,
 		newPermitCreateCommand(e), newPermitUseCommand(e), newPermitEndCommand(e))
 }
 
+type permitOptions struct {
+	keys, passphraseFile, identity, log, tsa, out string
+	hours                                         float64
+	permit                                        codesign.Permit
+}
+
 func newPermitCreateCommand(e *env) *cobra.Command {
-	var keys, passFile, identity, hostID, reason, out string
-	var hours float64
+	var o permitOptions
 	c := &cobra.Command{
 		Use: "create", Short: "Sign a permit for a host",
+		Long: `Signs a permit. With --log it also stands in the transparency log, where its
+monitor sees it, and with --tsa another clock than the authority's own says when.
+Neither is needed for it to count, because break-glass must work while they are
+down: what fails is said, and the permit is made without it.
+
+JSON: {"file", "host", "not_after", "logged"}`,
 		Example: `  ringwall permit create --keys keys --identity spiffe://fleet.example/oncall/kim \
     --host 2f1c… --hours 2 --reason "INC-4711: vendor hotfix" -o permit.json`,
 		Args: exactly(),
-		RunE: func(*cobra.Command, []string) error {
-			return createPermit(e, keys, passFile, identity, codesign.Permit{
-				Host: hostID, Reason: reason, NotBefore: e.now().UTC(), NotAfter: e.now().UTC().Add(hoursOf(hours)),
-			}, out)
-		},
+		RunE: func(*cobra.Command, []string) error { return o.create(e) },
 	}
 	f := c.Flags()
-	f.StringVar(&keys, "keys", "", "key directory")
-	passphraseFlag(c, &passFile)
-	f.StringVar(&identity, "identity", "", "URI of who signs, such as spiffe://fleet.example/oncall/kim")
-	f.StringVar(&hostID, "host", "", "host id, as `ringwall status` shows it")
-	f.StringVar(&reason, "reason", "", "why; it stands in the alert")
-	f.Float64Var(&hours, "hours", 1, "how long from now, at most 24")
-	f.StringVarP(&out, "out", "o", "permit.json", "file to write")
+	f.StringVar(&o.keys, "keys", "", "key directory")
+	passphraseFlag(c, &o.passphraseFile)
+	f.StringVar(&o.identity, "identity", "", "URI of who signs, such as spiffe://fleet.example/oncall/kim")
+	f.StringVar(&o.permit.Host, "host", "", "host id, as `ringwall status` shows it")
+	f.StringVar(&o.permit.Reason, "reason", "", "why; it stands in the alert")
+	f.Float64Var(&o.hours, "hours", 1, "how long from now, at most 24")
+	f.StringVar(&o.log, "log", "", "append it to the transparency log in `DIR`, if that can be done now")
+	f.StringVar(&o.tsa, "tsa", "", "timestamp authority's `URL`, if it answers (default: the authority's own)")
+	f.StringVarP(&o.out, "out", "o", "permit.json", "file to write")
 	require(c, "keys", "identity", "host", "reason")
 	return c
 }
@@ -91,26 +101,58 @@ func hoursOf(h float64) time.Duration {
 	return time.Duration(h * float64(time.Hour)).Truncate(time.Second)
 }
 
-func createPermit(e *env, keys, passFile, identity string, p codesign.Permit, out string) error {
+func (o *permitOptions) create(e *env) error {
+	p := o.permit
+	p.NotBefore = e.now().UTC()
+	p.NotAfter = p.NotBefore.Add(hoursOf(o.hours))
 	if d := p.NotAfter.Sub(p.NotBefore); d <= 0 || d > codesign.MaxPermit {
 		return usage(fmt.Errorf("--hours: want more than 0 and at most %v", codesign.MaxPermit.Hours()))
 	}
-	a, err := loadAuthority(e, keys, passFile)
+	a, err := loadAuthority(e, o.keys, o.passphraseFile)
 	if err != nil {
 		return err
 	}
-	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposePermit, Identity: identity, Now: e.now()})
+	s, err := a.NewSigner(pki.LeafRequest{Purpose: pki.PurposePermit, Identity: o.identity, Now: e.now()})
 	if err != nil {
 		return err
 	}
-	b, err := codesign.SignPermit(s, p)
+	b, logged, err := o.sign(e, a, s, p)
 	if err != nil {
 		return err
 	}
-	if err := host.WriteFile(out, b, 0o600); err != nil {
+	if err := host.WriteFile(o.out, b, 0o600); err != nil {
 		return err
 	}
-	return e.emit(map[string]any{"file": out, "host": p.Host, "not_after": p.NotAfter}, func(w io.Writer) {
-		fmt.Fprintf(w, "%s: for host %s until %s\n", out, p.Host, p.NotAfter.Format(time.RFC3339))
+	return e.emit(map[string]any{"file": o.out, "host": p.Host, "not_after": p.NotAfter, "logged": logged}, func(w io.Writer) {
+		fmt.Fprintf(w, "%s: for host %s until %s\n", o.out, p.Host, p.NotAfter.Format(time.RFC3339))
 	})
+}
+
+// sign signs a permit, without the log or the other clock if they are down.
+func (o *permitOptions) sign(e *env, a *pki.Authority, s *pki.Signer, p codesign.Permit) (b []byte, logged bool, err error) {
+	own := s.Stamper
+	if o.tsa != "" {
+		if s.Stamper, err = openStamper(a, o.tsa); err != nil {
+			return nil, false, err // no URL
+		}
+		if _, err := codesign.SignPermit(s, p); err != nil {
+			e.notef("warning: %v; the authority's own clock says when", err)
+			s.Stamper = own
+		}
+	}
+	if o.log != "" {
+		log, closeLog, err := openLog(a, o.log)
+		if err == nil {
+			s.Log = log
+			b, err = codesign.SignPermit(s, p)
+			err = errors.Join(err, closeLog())
+		}
+		if err == nil {
+			return b, true, nil
+		}
+		e.notef("warning: %v; the permit is NOT in the log", err)
+		s.Log = nil
+	}
+	b, err = codesign.SignPermit(s, p)
+	return b, false, err
 }

@@ -41,7 +41,7 @@ type verifiedRelease struct {
 	Policy      string         `json:"policy,omitempty"` // SHA-256 of the release policy
 	Ring        string         `json:"ring,omitempty"`
 	Breakglass  string         `json:"breakglass,omitempty"` // the reason
-	Log         *loggedJSON    `json:"log,omitempty"` // nil: whom is trusted names no log
+	Log         *loggedJSON    `json:"log,omitempty"`        // nil: whom is trusted names no log
 	Records     int            `json:"records"`
 	Content     *contentCheck  `json:"content,omitempty"`
 }
