@@ -6,12 +6,14 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -106,6 +108,7 @@ JSON: {"file", "host", "at", "status", "policy", "checks": [{"check", "mode",
 				}
 			}
 			var by *signedByJSON
+			var payload []byte
 			r, err := attest.VerifyArchive(archive, known, func(bundle []byte) ([]byte, error) {
 				v, err := pki.VerifyBundle(bundle, roots, pki.PurposeAppraisal)
 				if err != nil {
@@ -114,11 +117,15 @@ JSON: {"file", "host", "at", "status", "policy", "checks": [{"check", "mode",
 				if v.PayloadType != attest.ResultType {
 					return nil, fmt.Errorf("it signs a %.80q: %w", v.PayloadType, errs.Untrusted)
 				}
-				by = &signedByJSON{Authority: v.CA, Identity: v.Identity, At: v.SignedAt}
+				by, payload = &signedByJSON{Authority: v.CA, Identity: v.Identity, At: v.SignedAt}, v.Payload
 				return v.Payload, nil
 			})
 			if err != nil {
-				return fmt.Errorf("%s: %w", args[0], err)
+				err = fmt.Errorf("%s: %w", args[0], err)
+				if missing := missingCatalogues(payload, known); len(missing) > 0 {
+					err = hint(err, "give the catalogues that it names with --catalogue; missing: %s", strings.Join(missing, ", "))
+				}
+				return err
 			}
 			out := describeResult(args[0], r)
 			out.Signed = by
@@ -129,6 +136,15 @@ JSON: {"file", "host", "at", "status", "policy", "checks": [{"check", "mode",
 	c.Flags().StringArrayVar(&cats, "catalogue", nil, "a `FILE.cat` that the result names; may be repeated")
 	require(c, "trust")
 	return c
+}
+
+// missingCatalogues are those that a signed result names and that were not given.
+func missingCatalogues(payload []byte, known attest.Catalogues) []string {
+	var r attest.Result
+	if json.Unmarshal(payload, &r) != nil {
+		return nil
+	}
+	return slices.DeleteFunc(r.IMA.Catalogues, func(name string) bool { return known != nil && slices.Contains(known.Names(), name) })
 }
 
 // readZipped reads a file that may be packed with gzip, to at most limit bytes.

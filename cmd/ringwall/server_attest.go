@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ringwall/internal/attest"
+	"ringwall/internal/codesign"
 	"ringwall/internal/control"
 	"ringwall/internal/control/attestation"
 	"ringwall/internal/control/hosts"
@@ -24,6 +25,7 @@ import (
 	"ringwall/internal/fleet"
 	"ringwall/internal/httpapi"
 	"ringwall/internal/incident"
+	"ringwall/internal/integrity"
 	"ringwall/internal/pki"
 	"ringwall/internal/resource"
 	"ringwall/internal/store"
@@ -39,7 +41,7 @@ func (o *attestOptions) flags(c *cobra.Command) {
 	f.StringVar(&o.keys, "attest-keys", "", "attest hosts, and sign what they proved: an authority's `DIR` with the keys appraisal-ca and tsa (default: hosts are not attested)")
 	f.StringVar(&o.passphrase, "attest-passphrase-file", "", "read the passphrase of those keys from the first line of `FILE` (env:NAME, credential:NAME)")
 	f.StringVar(&o.fleet, "attest-domain", "fleet.internal", "`DOMAIN` in the certificates of attested hosts: spiffe://DOMAIN/host/ID")
-	f.StringVar(&o.catalogues, "attest-catalogues", "", "`DIR` of the *.cat files that hosts' measurements are looked up in; read again when it changes")
+	f.StringVar(&o.catalogues, "attest-catalogues", "", "`DIR` of *.cat files that hosts' measurements are looked up in, beside the releases of their bundles; read again when it changes")
 }
 
 // keepArchives is how long the evidence of accepted rounds is kept. What was
@@ -82,10 +84,11 @@ func (p *serverParts) addAttestation(o *attestOptions, e *env, clients *pki.TLSA
 		return hint(err, "ringwall key add makes the CA that an older authority lacks")
 	}
 	tree := &attestation.Tree{Store: managed{p.store}, Ring: p.ringOf}
+	known := &bundleCatalogues{p: p, roots: a.Roots(pki.PurposeBuild), releases: map[integrity.Digest][]*codesign.Catalogue{}, unions: map[string]*catalogues{}}
 	if o.catalogues != "" {
-		dir := &catalogueDir{dir: o.catalogues}
-		tree.Catalogues = func(context.Context, string) (attest.Catalogues, error) { return dir.get() }
+		known.dir = &catalogueDir{dir: o.catalogues}
 	}
+	tree.Catalogues = known.get
 	p.attestation, err = attestation.New(attestation.Config{
 		Store: managed{p.store}, Door: p.door, Policies: tree, Results: signer, Hosts: clients, Fleet: o.fleet, Now: e.now,
 		Hooks: attestation.Hooks{Quarantined: p.quarantined},
@@ -302,7 +305,7 @@ type catalogueDir struct {
 	all   *catalogues
 }
 
-func (c *catalogueDir) get() (attest.Catalogues, error) {
+func (c *catalogueDir) get() (*catalogues, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	paths, err := filepath.Glob(filepath.Join(c.dir, "*"+extCatalogue))

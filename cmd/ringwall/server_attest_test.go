@@ -171,7 +171,33 @@ func TestServer_attestation(t *testing.T) {
 	if got := s.must(0, "admin", "", "attest", "hosts"); !strings.Contains(got, h.id) || !strings.Contains(got, "trusted") || !strings.Contains(got, "join-token") {
 		t.Errorf("%s", got)
 	}
-	m.measure("/tmp/rogue", []byte("rogue"))
+	// what the host's bundles brought is known, if its record is believed
+	program := []byte("#!/bin/sh\nexit 0\n")
+	stranger := filepath.Join(t.TempDir(), "keys")
+	offline.must(0, "", "", "-q", "key", "init", stranger, "--name", "Stranger")
+	pushed := func(product, by string, content []byte) (catalogue string) {
+		t.Helper()
+		dir := t.TempDir()
+		in := func(name string) string { return filepath.Join(dir, name) }
+		if err := errors.Join(os.MkdirAll(in("build"), 0o755), os.WriteFile(in("build/edge"), content, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		s.must(0, "admin", "", "sign", in("build"), "--keys", by, "--product", product, "--version", "1", "--out", in("releases"))
+		base := s.must(0, "admin", "", "policy", "init", "--keys", by, "--name", "base", "--quiet")
+		if err := os.WriteFile(in("base.yaml"), []byte(base), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s.must(0, "admin", "", "fleet", "bundle", "make", in("base.yaml"), "--keys", by, "--release", in("releases"), "--out", in("bundle"))
+		s.must(0, "admin", "", "fleet", "bundle", "push", in("bundle"))
+		return in("releases/" + product + "_1.cat")
+	}
+	edge := pushed("edge", keys, program)
+	m.measure("/usr/bin/edge", program)
+	if err := a.Attest(t.Context(), h); err != nil {
+		t.Fatal(err, s.said())
+	}
+	pushed("rogue", stranger, []byte("#!/bin/sh\nrogue\n"))
+	m.measure("/tmp/rogue", []byte("#!/bin/sh\nrogue\n"))
 	if err := a.Attest(t.Context(), h); !errors.Is(err, errs.Denied) || !strings.Contains(err.Error(), "ima-unknown") {
 		t.Errorf("a rogue program: %v", err)
 	}
@@ -185,7 +211,7 @@ func TestServer_attestation(t *testing.T) {
 	}
 	file := filepath.Join(t.TempDir(), "archive")
 	s.must(0, "admin", "", "attest", "archive", "web-1", "-o", file)
-	if got := offline.must(0, "", "", "attest", "verify-archive", file, "--trust", keys, "--catalogue", filepath.Join(cats, "one.cat")); !strings.Contains(got, "contraindicated") {
+	if got := offline.must(0, "", "", "attest", "verify-archive", file, "--trust", keys, "--catalogue", filepath.Join(cats, "one.cat"), "--catalogue", edge); !strings.Contains(got, "contraindicated") {
 		t.Errorf("%s", got)
 	}
 	s.must(4, "admin", "", "attest", "archive", "web-1", "--until", "2001-01-01T00:00:00Z", "-o", file)
