@@ -396,20 +396,38 @@ func (a *answers) get(d integrity.Digest, offset uint64, read func() (*agentpb.C
 // wait notes how the host stands, and holds the call until the server has
 // something else for it than it has.
 func (s *Service) wait(ctx context.Context, id *identity, r *agentpb.WaitRequest) (*agentpb.WaitResponse, error) {
-	h := id.h
-	report, labels, err := readState(r.GetState())
+	w, err := s.begin(ctx, id, r)
 	if err != nil {
 		return nil, err
 	}
+	return s.hold(ctx, id.h, w)
+}
+
+// waiting is what a call that is held must remember: as little as possible.
+type waiting struct {
+	session    uint64
+	directives uint64
+	have       integrity.Digest
+}
+
+// begin notes how the host stands.
+func (s *Service) begin(ctx context.Context, id *identity, r *agentpb.WaitRequest) (w waiting, err error) {
+	report, labels, err := readState(r.GetState())
+	if err != nil {
+		return w, err
+	}
 	if n := len(r.GetHaveManifest()); n != 0 && n != sha256.Size {
-		return nil, fmt.Errorf("have_manifest has %d bytes: %w", n, errs.Invalid)
+		return w, fmt.Errorf("have_manifest has %d bytes: %w", n, errs.Invalid)
 	}
-	var have integrity.Digest
-	copy(have[:], r.GetHaveManifest())
+	copy(w.have[:], r.GetHaveManifest())
 	if err := s.settle(ctx, id); err != nil {
-		return nil, err
+		return w, err
 	}
-	session := s.heard(h, report, labels)
+	w.directives, w.session = r.GetHaveDirectives(), s.heard(id.h, report, labels)
+	return w, nil
+}
+
+func (s *Service) hold(ctx context.Context, h *host, w waiting) (*agentpb.WaitResponse, error) {
 	s.counters.waits.Add(1)
 	s.counters.waiting.Add(1)
 	defer s.counters.waiting.Add(-1)
@@ -417,7 +435,7 @@ func (s *Service) wait(ctx context.Context, id *identity, r *agentpb.WaitRequest
 	limit := time.NewTimer(waitTime - rand.N(waitTime/10)) //nolint:gosec // no secret
 	defer limit.Stop()
 	for {
-		out, wake, done, err := s.news(ctx, h, session, have, r.GetHaveDirectives())
+		out, wake, done, err := s.news(ctx, h, w)
 		if err != nil || done {
 			return out, err
 		}
@@ -439,7 +457,7 @@ func (s *Service) wait(ctx context.Context, id *identity, r *agentpb.WaitRequest
 // news is what the host does not have; done: there is some, or the host is to go.
 // Else wake is closed when it is worth to look again. Of two Waits of one host
 // the older ends: the host has forgotten it.
-func (s *Service) news(ctx context.Context, h *host, session uint64, have integrity.Digest, directives uint64) (out *agentpb.WaitResponse, wake chan struct{}, done bool, err error) {
+func (s *Service) news(ctx context.Context, h *host, w waiting) (out *agentpb.WaitResponse, wake chan struct{}, done bool, err error) {
 	now := s.Now()
 	h.mu.Lock()
 	if h.v.Revoked {
@@ -448,18 +466,18 @@ func (s *Service) news(ctx context.Context, h *host, session uint64, have integr
 	}
 	assigned := h.v.Assigned
 	out = &agentpb.WaitResponse{NowUs: now.UnixMicro()}
-	if session != h.session {
+	if w.session != h.session {
 		h.mu.Unlock()
 		return out, nil, true, nil
 	}
-	if h.revision != directives {
+	if h.revision != w.directives {
 		d := &agentpb.Directives{Revision: h.revision, Isolated: h.props.Isolated, ResendInventory: now.Sub(h.props.Resend) < time.Hour}
 		if !h.props.Attest.IsZero() {
 			d.AttestUs = h.props.Attest.UnixMicro()
 		}
 		out.Directives, done = d, true
 	}
-	send := !assigned.IsZero() && assigned != have
+	send := !assigned.IsZero() && assigned != w.have
 	if !send && !done {
 		wake = make(chan struct{})
 		h.wake = wake
