@@ -12,7 +12,7 @@ import (
 // Types of documents in the tree.
 const (
 	TypeHost      = "Ringwall.Fleet/hosts"      // SCOPE/providers/Ringwall.Fleet/hosts/NAME
-	TypeJoinToken = "Ringwall.Fleet/joinTokens" // named by the token's SHA-256, below the scope that hosts join
+	TypeJoinToken = "Ringwall.Fleet/joinTokens" //nolint:gosec // named by the token's SHA-256, below the scope that hosts join
 	TypeManifest  = "Ringwall.Fleet/manifests"  // named by the signed manifest's SHA-256
 	TypeRollout   = "Ringwall.Fleet/rollouts"
 	TypeHalt      = "Ringwall.Fleet/halts" // stop the line, below a scope
