@@ -146,7 +146,7 @@ func unpackOne(into string, h *tar.Header, content io.Reader) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, content) //nolint:gosec // bounded by the disk, which is thrown away
+	_, err = io.Copy(f, content)
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
