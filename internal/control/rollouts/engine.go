@@ -8,6 +8,7 @@ import (
 	"iter"
 	"log/slog"
 	"net/url"
+	"strings"
 	"time"
 
 	"ringwall/internal/audit"
@@ -73,20 +74,80 @@ func (e *Engine) Run(ctx context.Context, f control.Fence) error {
 		if err := r.round(ctx); err != nil && ctx.Err() == nil {
 			e.Log.WarnContext(ctx, "rollouts_round_failed", slog.Any("error", err))
 		}
-		pause := e.Round
-		if r.moved {
-			pause = min(pause, soon) // what follows from it
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pause):
+		if err := r.rest(ctx); err != nil {
+			return err
 		}
 	}
 }
 
-// soon is the pause after a round in which something happened.
-const soon = 50 * time.Millisecond
+// Pauses of the engine.
+const (
+	soon = 50 * time.Millisecond  // after a round in which something happened
+	peek = 200 * time.Millisecond // between two looks whether people did something
+)
+
+// rest waits for the next round, which comes at once when people changed a
+// rollout or a halt, or a check is done.
+func (r *run) rest(ctx context.Context) error {
+	wait := func(d time.Duration) error {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(d):
+			return nil
+		}
+	}
+	if r.moved {
+		return wait(min(soon, r.Round)) // what follows from it
+	}
+	for end := time.Now().Add(r.Round); ; {
+		left := time.Until(end)
+		if left <= 0 {
+			return nil
+		}
+		if err := wait(min(peek, left)); err != nil {
+			return err
+		}
+		if r.news(ctx) || r.checkDone() {
+			return nil
+		}
+	}
+}
+
+func (r *run) checkDone() bool {
+	for _, w := range r.state {
+		if w.check == nil {
+			continue
+		}
+		select {
+		case <-w.check.done:
+			return true
+		default:
+		}
+	}
+	return false
+}
+
+// news says whether a rollout or a halt was written since it was asked last. It
+// is for speed only: what cannot be read is found in the next round.
+func (r *run) news(ctx context.Context) (found bool) {
+	const many = 200
+	err := r.Store.Read(ctx, func(tx control.Tx) error {
+		found = false
+		changes, err := tx.Changes(ctx, r.peeked, many)
+		if err != nil {
+			return err
+		}
+		found = len(changes) == many
+		for i := range changes {
+			r.peeked = changes[i].Revision
+			kind := changes[i].Document.Type
+			found = found || strings.EqualFold(kind, fleet.TypeRollout) || strings.EqualFold(kind, fleet.TypeHalt)
+		}
+		return nil
+	})
+	return err == nil && found
+}
 
 // run is one holding of the lease. What it keeps in memory is either read from
 // the store or can be lost.
@@ -98,6 +159,7 @@ type run struct {
 	store control.Store
 
 	revision uint64 // of the tree, when the documents were read
+	peeked   uint64 // of the tree, see news
 	docs     []entry
 	state    map[string]*watched // by key of the rollout
 	moved    bool                // a write in this round
@@ -194,7 +256,7 @@ func (r *run) read(ctx context.Context) error {
 			return nil
 		})
 		if err == nil {
-			r.docs, r.revision = docs, now
+			r.docs, r.revision, r.peeked = docs, now, now
 		}
 		return err
 	})

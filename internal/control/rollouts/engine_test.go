@@ -1,13 +1,16 @@
 package rollouts_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"ringwall/internal/control/rollouts"
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
 	"ringwall/internal/incident"
@@ -451,3 +454,36 @@ func TestEngine_overtaken(t *testing.T) {
 }
 
 func noCondition() resource.When { return resource.When{} }
+
+// The loop itself, with the clock on the wall: what people do is seen at once,
+// and the loop ends with its context.
+func TestEngine_run(t *testing.T) {
+	w := newWorld(t, 20, newKeys(t))
+	ctx, cancel := context.WithCancel(t.Context())
+	e := rollouts.New(rollouts.Options{
+		Door: w.door, Store: w.shelf(), Fleet: w.fleet, Content: w.content, Inventory: w.inventory,
+		Log: slog.New(slog.DiscardHandler), Now: w.now, Round: time.Hour,
+	})
+	done := make(chan error, 1)
+	go func() { done <- e.Run(ctx, w.fence) }()
+	until := func(what string, ok func(*rollouts.Status) bool) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); !ok(w.status(change)); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: not within 20 s: %+v", what, w.status(change))
+			}
+		}
+	}
+	w.put(change, w.spec(tenth))
+	w.must(ana(), change, "start", `{}`)
+	until("checked", func(s *rollouts.Status) bool { return s.Check != nil })
+	w.must(bob(), change, "approve", `{}`)
+	until("runs", func(s *rollouts.Status) bool { return s.Phase == rollout.Running })
+	until("is given", func(*rollouts.Status) bool {
+		return w.fleet.count(func(x *fleet.Host) bool { return x.Assigned == w.good }) > 0
+	})
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
