@@ -61,7 +61,11 @@ func (k *noKernel) Remove() error                              { return nil }
 func (k *noKernel) Status() (enforce.Status, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return enforce.Status{Protected: true, Counters: enforce.Counters{Raised: k.raised}}, nil
+	s := enforce.Status{Protected: true, Counters: enforce.Counters{Raised: k.raised}}
+	if t := k.table; t != nil {
+		s.Epoch, s.Policy, s.Entries, s.Modes, s.Process = t.Epoch, t.PolicyDigest, uint64(len(t.Entries)), t.Modes, t.Process
+	}
+	return s, nil
 }
 
 func (k *noKernel) Events(ctx context.Context, fn func(enforce.Event)) error {

@@ -272,12 +272,17 @@ func (a *Agent) Run(ctx context.Context) error {
 		return fmt.Errorf("run agent: %w", err)
 	}
 	a.link.open()
+	defer a.link.close() // after the last record
 	a.pipe.tell = a.link.record
-	var workers sync.WaitGroup
+	// the pipeline ends last: it tells what the others say at their end
+	piping, endPipe := context.WithCancel(context.WithoutCancel(ctx))
+	var pipe, workers sync.WaitGroup
+	defer pipe.Wait()
+	defer endPipe()
 	defer workers.Wait()
 	defer stop()
 	a.pipe.deaf.Store(true)
-	workers.Go(func() { a.pipe.run(ctx) })
+	pipe.Go(func() { a.pipe.run(piping) })
 	a.measurer = newMeasurer(a.watcher)
 	defer a.measurer.close()
 	workers.Go(func() { a.measurer.watch(ctx) })

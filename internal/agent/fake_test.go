@@ -84,7 +84,12 @@ func (k *fakeKernel) ForgetVolume(uint64) error                  { return nil }
 func (k *fakeKernel) Status() (enforce.Status, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return enforce.Status{Protected: k.protected, Counters: k.counters}, nil
+	s := enforce.Status{Protected: k.protected, Counters: k.counters}
+	if n := len(k.applied); n > 0 {
+		t := k.applied[n-1]
+		s.Epoch, s.Policy, s.Entries, s.Modes, s.Process = t.Epoch, t.PolicyDigest, uint64(len(t.Entries)), t.Modes, t.Process
+	}
+	return s, nil
 }
 func (k *fakeKernel) MustMeasure() bool      { return false }
 func (k *fakeKernel) Measure(*os.File) error { return nil }

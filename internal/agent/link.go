@@ -383,6 +383,11 @@ func (l *link) run(ctx context.Context) {
 	w.Go(func() { l.pushLoop(ctx) })
 	w.Go(func() { l.sampleLoop(ctx) })
 	w.Wait()
+	l.others.Wait()
+}
+
+// close ends the lanes; what they hold is for the next agent to send.
+func (l *link) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, s := range []*spool{l.blocks, l.inv} {

@@ -72,7 +72,6 @@ func (l *link) sampleLoop(ctx context.Context) {
 				l.sample("/proc")
 			}
 		case <-ctx.Done():
-			l.others.Wait()
 			return
 		}
 	}

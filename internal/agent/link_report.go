@@ -208,7 +208,7 @@ type tableDigest struct {
 // these are not those of the table that the agent put there, the digest is of what
 // the kernel says, and equals no table's. a.mu is held.
 func (d *tableDigest) of(t *integrity.Table, k *enforce.Status) integrity.Digest {
-	if k.Epoch != 0 && (k.Epoch != t.Epoch || k.Policy != t.PolicyDigest || k.Modes != t.Modes || k.Process != t.Process) {
+	if k.Epoch != t.Epoch || k.Policy != t.PolicyDigest || k.Entries != uint64(len(t.Entries)) || k.Modes != t.Modes || k.Process != t.Process {
 		return sha256.Sum256(fmt.Appendf(nil, "another table: %v %d %d %v %v", k.Policy, k.Epoch, k.Entries, k.Modes, k.Process))
 	}
 	if d.table != t {

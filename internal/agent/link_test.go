@@ -16,6 +16,7 @@ import (
 
 	"ringwall/internal/agentpb"
 	"ringwall/internal/codesign"
+	"ringwall/internal/enforce"
 	"ringwall/internal/errs"
 	"ringwall/internal/integrity"
 )
@@ -737,5 +738,67 @@ func TestTrial_halfConfirmed(t *testing.T) {
 				t.Errorf("the confirmed manifest: %v, %v", b, err)
 			}
 		})
+	}
+}
+
+// What the agent says last waits for the next one to send.
+func TestSpool_lastWords(t *testing.T) {
+	t.Parallel()
+	l, f := inFleet(t)
+	f.until("a report", func(s *agentpb.State) bool { return s.GetEpoch() == 5 })
+	l.stop()
+	l.start()
+	f.got("the end of the first agent", func(r *agentpb.Record) bool { return r.GetNotice().GetCode() == noticeStop })
+	f.got("the signal", func(r *agentpb.Record) bool { return r.GetSignal().GetName() == signalRestart })
+}
+
+// The digest is of what the kernel says that it enforces, or of nothing that the
+// agent ever made.
+func TestTableDigest(t *testing.T) {
+	t.Parallel()
+	table := func(change func(*integrity.Table)) *integrity.Table {
+		x := &integrity.Table{PolicyDigest: integrity.Digest{1}, Epoch: 5, Entries: map[integrity.Key]integrity.Entry{
+			{Digest: integrity.Digest{2}}: {Kinds: integrity.SetOf(integrity.KindExec)}, {Digest: integrity.Digest{3}}: {Kinds: integrity.SetOf(integrity.KindScript)},
+		}}
+		if change != nil {
+			change(x)
+		}
+		return x
+	}
+	kernel := func(x *integrity.Table) *enforce.Status {
+		return &enforce.Status{Epoch: x.Epoch, Policy: x.PolicyDigest, Entries: uint64(len(x.Entries)), Modes: x.Modes, Process: x.Process}
+	}
+	var d tableDigest
+	base := table(nil)
+	want := d.of(base, kernel(base))
+	if again := table(nil); d.of(again, kernel(again)) != want {
+		t.Error("an equal table has another digest")
+	}
+	for name, change := range map[string]func(*integrity.Table){
+		"an entry's kinds": func(x *integrity.Table) {
+			x.Entries[integrity.Key{Digest: integrity.Digest{2}}] = integrity.Entry{Kinds: integrity.SetOf(integrity.KindScript)}
+		},
+		"an entry's role": func(x *integrity.Table) {
+			x.Entries[integrity.Key{Digest: integrity.Digest{2}}] = integrity.Entry{Kinds: integrity.SetOf(integrity.KindExec), Roles: integrity.RoleDebug}
+		},
+		"a mode":        func(x *integrity.Table) { x.Modes[integrity.KindExec] = integrity.ModeEnforce },
+		"another entry": func(x *integrity.Table) { x.Entries[integrity.Key{Digest: integrity.Digest{4}}] = integrity.Entry{} },
+	} {
+		x := table(change)
+		if d.of(x, kernel(x)) == want {
+			t.Errorf("%s: the same digest", name)
+		}
+	}
+	for name, change := range map[string]func(*enforce.Status){
+		"nothing":       func(s *enforce.Status) { *s = enforce.Status{} },
+		"another mode":  func(s *enforce.Status) { s.Modes[integrity.KindExec] = integrity.ModeAudit },
+		"more content":  func(s *enforce.Status) { s.Entries++ },
+		"another epoch": func(s *enforce.Status) { s.Epoch-- },
+	} {
+		s := kernel(base)
+		change(s)
+		if d.of(base, s) == want {
+			t.Errorf("the kernel has %s, and the digest is that of the table", name)
+		}
 	}
 }

@@ -296,15 +296,19 @@ func (s *spool) write(r *agentpb.Record) error {
 
 // batch returns the next records that were not acknowledged, with the number of
 // the first, synced. Without any it returns none.
-func (s *spool) batch() (first uint64, out []*agentpb.Record, err error) {
+func (s *spool) batch() (_ uint64, out []*agentpb.Record, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	first = s.acked + 1
-	if s.dirty && s.f != nil {
-		if err := s.f.Sync(); err != nil {
+	first, end := s.acked+1, s.segs[len(s.segs)-1].end()
+	if f := s.f; s.dirty && f != nil {
+		s.dirty = false
+		s.mu.Unlock() // nobody who adds a record waits for the disk
+		err := f.Sync()
+		s.mu.Lock()
+		if err != nil && f == s.f { // else it was synced and closed meanwhile
+			s.dirty = true
 			return 0, nil, fmt.Errorf("sync spool: %w", err)
 		}
-		s.dirty = false
 	}
 	next, size := first, 0
 	for i := range s.segs {
@@ -321,6 +325,9 @@ func (s *spool) batch() (first uint64, out []*agentpb.Record, err error) {
 			return 0, nil, fmt.Errorf("spool: %s was damaged: %w", s.file(g.first), errs.Untrusted)
 		}
 		for _, body := range frames[next-g.first : g.count] {
+			if next == end { // not synced
+				return first, out, nil
+			}
 			if len(out) == sendRecords || size+len(body) > sendBytes {
 				return first, out, nil
 			}
