@@ -70,11 +70,13 @@ func TestJudge(t *testing.T) {
 		"one of few died":  {with(8, func(m []rollout.Member) { m[3].Silent = true }), start(), rollout.Hold, "silent"},
 		"many died":        {with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent = true, true }), start(), rollout.Fail, "silent"},
 		"others are silent too": {
-			rollout.View{Members: with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent = true, true }).Members, Coverage: 1, Quiet: 0.02}, start(),
+			rollout.View{Members: with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent = true, true }).Members, Coverage: 1, Quiet: 0.02},
+			start(),
 			rollout.Hold, "silent",
 		},
 		"others are silent, and far fewer": {
-			rollout.View{Members: with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent, m[5].Silent, m[6].Silent = true, true, true, true }).Members, Coverage: 1, Quiet: 0.02}, start(),
+			rollout.View{Members: with(50, func(m []rollout.Member) { m[3].Silent, m[4].Silent, m[5].Silent, m[6].Silent = true, true, true, true }).Members, Coverage: 1, Quiet: 0.02},
+			start(),
 			rollout.Fail, "silent",
 		},
 		"an open incident":    {rollout.View{Members: ring(50, 0), Coverage: 1, Incidents: []string{"INC-1"}}, start(), rollout.Hold, "incident"},
