@@ -183,6 +183,11 @@ func (o *bundleOptions) makeOf(e *env, file string, doc []byte, scope resource.I
 	if err := os.MkdirAll(filepath.Join(o.out, bundleChunks), 0o755); err != nil { //nolint:gosec // what is published
 		return nil, err
 	}
+	defer func() {
+		if err != nil { // half a bundle is none
+			err = errors.Join(err, os.RemoveAll(o.out))
+		}
+	}()
 	b := &bundleWriter{dir: o.out, chunks: map[integrity.Digest]int{}}
 	items, err := carry(p, b)
 	if err != nil {

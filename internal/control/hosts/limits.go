@@ -26,7 +26,7 @@ type Rate struct {
 // DefaultLimits are far above what a sound host needs.
 func DefaultLimits() Limits {
 	return Limits{
-		Calls:    Rate{20, 200},
+		Calls:    Rate{200, 5_000}, // the first manifest of a host may have thousands of chunks
 		Blocks:   Rate{200, 10_000},
 		Runs:     Rate{500, 50_000},
 		Chunks:   Rate{64 << 20, 1 << 30},
