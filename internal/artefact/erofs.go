@@ -119,19 +119,16 @@ func (e *erofsReader) each(img fs.FS, visit func(codesign.Member) error) (err er
 			err = fmt.Errorf("%v: %w", p, errs.Invalid)
 		}
 	}()
+	directories := map[int64]bool{} // by place
 	return fs.WalkDir(img, ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return fmt.Errorf("%.200q: %w: %w", p, err, errs.Invalid)
 		}
-		// A directory that contains itself ends here as well.
 		if clean, err := codesign.CleanPath(p); err != nil || clean != p {
 			return fmt.Errorf("name %.200q: %w", p, errs.Invalid)
 		}
 		if e.members++; e.members > maxMembers {
 			return fmt.Errorf("more than %d members: %w", maxMembers, errs.Invalid)
-		}
-		if d.IsDir() {
-			return nil
 		}
 		info, err := d.Info()
 		if err != nil {
@@ -139,6 +136,13 @@ func (e *erofsReader) each(img fs.FS, visit func(codesign.Member) error) (err er
 		}
 		m := codesign.Member{Path: p, Mode: info.Mode(), Alone: true}
 		st, ok := info.Sys().(*erofs.Stat)
+		if d.IsDir() && ok {
+			if directories[st.Ino] { // twice as many names with every level
+				return fmt.Errorf("%.200q contains itself, or is linked twice: %w", p, errs.Invalid)
+			}
+			directories[st.Ino] = true
+			return nil
+		}
 		if !ok || st.Mode.Type() != m.Mode.Type() {
 			return fmt.Errorf("%.200q: its directory and its inode differ about what it is: %w", p, errs.Invalid)
 		}

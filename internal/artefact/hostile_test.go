@@ -2,9 +2,11 @@ package artefact_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -326,5 +328,27 @@ func TestHostile_images(t *testing.T) {
 		if got := int64(after.Sys) - int64(before.Sys); got > 256<<20 {
 			t.Errorf("%s: %d MiB more of memory", c, got>>20)
 		}
+	}
+}
+
+// A directory that contains itself has twice as many names with every level: it
+// is known by its place, not by the length of a path.
+func TestErofs_directoryLoop(t *testing.T) {
+	f, err := os.Open("testdata/loop.erofs.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = walk(open(t, save(t, "loop.erofs", b), artefact.Options{}))
+	if !errors.Is(err, errs.Invalid) || !strings.Contains(err.Error(), "contains itself") {
+		t.Errorf("%v", err)
 	}
 }
