@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	rpc "connectrpc.com/connect"
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
@@ -223,6 +224,34 @@ func TestServer_attestation(t *testing.T) {
 		t.Errorf("%s", got)
 	}
 	s.must(0, "admin", "", "attest", "announce", "web-1", "--reason", "kernel update")
+
+	// The machine joins anew under another id, which takes that the old host is
+	// gone: its TPM is another host's until then.
+	again := s.joinHost(s.must(0, "admin", "", "fleet", "join-token", "make", testGroup, "--quiet"), "web-2")
+	if err := a.Attest(t.Context(), again); rpc.CodeOf(err) != rpc.CodeAlreadyExists {
+		t.Errorf("one TPM, two hosts: %v", err)
+	}
+	s.must(0, "admin", "", "fleet", "hosts", "revoke", "web-1")
+	if err := a.Attest(t.Context(), again); !errors.Is(err, errs.Denied) || !strings.Contains(err.Error(), "ima-unknown") {
+		t.Errorf("in the place of a host that is gone: %v", err)
+	}
+	if got := s.must(0, "admin", "", "attest", "hosts"); !strings.Contains(got, "its TPM "+m.id()+" is that of host "+again.id) {
+		t.Errorf("%s", got)
+	}
+}
+
+// id is the TPM's.
+func (m *measuredHost) id() string {
+	m.t.Helper()
+	id, err := m.prover.Identity()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	ek, err := attest.ParseEK(id.EK)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return string(ek.ID())
 }
 
 func digestText(content string) string {

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -17,6 +18,8 @@ import (
 	"ringwall/internal/attest"
 	"ringwall/internal/audit"
 	"ringwall/internal/errs"
+	"ringwall/internal/fleet"
+	"ringwall/internal/resource"
 )
 
 // Challenge begins a round: host is the fleet's name of the host, which the
@@ -142,12 +145,68 @@ func (s *Service) belongs(ctx context.Context, tx Tx, host string, tpm attest.Ho
 	}
 	other, err := tx.AttestationTPM(ctx, tpm)
 	switch {
-	case err == nil && other.Host != host:
-		return nil, fmt.Errorf("the TPM %s is that of host %s: %w", tpm, other.Host, errs.Conflict)
-	case err != nil && !errors.Is(err, errs.NotFound):
+	case errors.Is(err, errs.NotFound) || err == nil && other.Host == host:
+		return rec, nil
+	case err != nil:
 		return nil, err
 	}
+	if left, err := gone(ctx, tx, other.Host); err != nil || !left {
+		return nil, errors.Join(err, fmt.Errorf("the TPM %s is that of host %s: %w", tpm, other.Host, errs.Conflict))
+	}
 	return rec, nil
+}
+
+// fleetTx is what a transaction of a store that knows the fleet's hosts offers.
+type fleetTx interface {
+	Grant(ctx context.Context, host string) (*fleet.Grant, error)
+	Get(ctx context.Context, id resource.ID) (*resource.Document, error)
+}
+
+// gone: the host's document was deleted, stands for another host now, or is
+// revoked for good. That was somebody's explicit, audited act, so that the machine
+// may join anew under another id. A host that the fleet does not know is not gone.
+func gone(ctx context.Context, tx Tx, host string) (bool, error) {
+	f, ok := tx.(fleetTx)
+	if !ok {
+		return false, nil
+	}
+	g, err := f.Grant(ctx, host)
+	if errors.Is(err, errs.NotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	d, err := f.Get(ctx, g.Resource)
+	if errors.Is(err, errs.NotFound) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	var p struct {
+		ID      string    `json:"hostId"`
+		Revoked time.Time `json:"revoked"`
+	}
+	if err := json.Unmarshal(d.Properties, &p); err != nil {
+		return false, fmt.Errorf("properties of %s: %w: %w", d.ID, err, errs.Invalid)
+	}
+	return p.ID != host || !p.Revoked.IsZero(), nil
+}
+
+// put writes a record whose TPM belongs to it, as belongs has seen in the same
+// transaction: from a host that is gone it is taken.
+func put(ctx context.Context, tx Tx, rec *attest.HostRecord) error {
+	other, err := tx.AttestationTPM(ctx, rec.TPM)
+	switch {
+	case errors.Is(err, errs.NotFound) || err == nil && other.Host == rec.Host:
+		return tx.PutAttestation(ctx, rec)
+	case err != nil:
+		return err
+	}
+	why := fmt.Sprintf("the host is gone, its TPM %s is that of host %s now", rec.TPM, rec.Host)
+	*other = attest.HostRecord{Host: other.Host, TPM: replacedTPM(other.Host), Standing: attest.StandingPending, Why: why, Version: other.Version}
+	return errors.Join(tx.PutAttestation(ctx, other), tx.AppendAudit(ctx, note("replace", other.Host, audit.Done, why)), tx.PutAttestation(ctx, rec))
 }
 
 // trust is why the endorsement key is believed today. A host that enrolled
@@ -197,7 +256,7 @@ func (s *Service) wait(ctx context.Context, rec *attest.HostRecord, open *attest
 		if _, err := s.belongs(ctx, tx, rec.Host, rec.TPM); err != nil {
 			return err
 		}
-		return errors.Join(tx.PutAttestation(ctx, rec), tx.AppendAudit(ctx, note("enrol", rec.Host, audit.Refused, "TPM "+string(rec.TPM)+" waits for approval")))
+		return errors.Join(put(ctx, tx, rec), tx.AppendAudit(ctx, note("enrol", rec.Host, audit.Refused, "TPM "+string(rec.TPM)+" waits for approval")))
 	}))
 }
 
@@ -427,7 +486,7 @@ func (s *Service) keep(ctx context.Context, rec *attest.HostRecord, before attes
 		if _, err := s.belongs(ctx, tx, rec.Host, rec.TPM); err != nil {
 			return err
 		}
-		err := tx.PutAttestation(ctx, rec)
+		err := put(ctx, tx, rec)
 		if err == nil && blob != nil {
 			err = tx.PutAttestationArchive(ctx, rec.Host, in.Now, r.Status, blob)
 		}
