@@ -303,7 +303,8 @@ func (s *session) fuzz(pkgs []string, each, budget time.Duration) {
 	for _, t := range targets {
 		fmt.Fprintf(s.out, "%s: ", t.name)
 		cmd := exec.Command("go", "tool", "test2json", "-t", "-p", t.pkg, t.bin, "-test.v=test2json", "-test.paniconexit0", "-test.run=^$",
-			"-test.fuzz=^"+t.name+"$", "-test.fuzztime="+each.String(), "-test.fuzzcachedir="+t.cache)
+			"-test.fuzz=^"+t.name+"$", "-test.fuzztime="+each.String(), "-test.fuzzcachedir="+t.cache,
+			"-test.fuzzminimizetime=10x") // by default one interesting input is made smaller for a minute, and nothing else is tried
 		cmd.Dir = t.dir
 		s.run(t.name, cmd)
 	}
