@@ -150,6 +150,8 @@ func routeAccess() map[string]string {
 		"POST /ringwall/issuer/activate":                                      "public",
 		"GET /ringwall/issuer/authorize":                                      "public",
 		"POST /ringwall/issuer/authorize":                                     "public",
+		"GET /ringwall/issuer/password":                                       "public",
+		"POST /ringwall/issuer/password":                                      "public",
 		"POST /ringwall/issuer/token":                                         "public",
 		"POST /ringwall/issuer/revoke":                                        "public",
 		"POST /ringwall.agent.v1.Agent/":                                      "own", // a host's certificate

@@ -39,6 +39,7 @@ const (
 	triesUser    = 100 // of a user from everywhere
 	triesAddress = 100 // of everybody from one address
 	maxDevices   = 30  // begun from one address in triesFor
+	passwordWait = 10 * time.Second
 )
 
 // SignOnError is a refusal with its code of RFC 6749, section 5.2, or RFC 8628,
@@ -191,6 +192,8 @@ func (s *SignOn) Password(ctx context.Context, name, password, from string, now 
 	case s.busy <- struct{}{}:
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	case <-time.After(passwordWait): // so that they do not pile up
+		return nil, fmt.Errorf("sign on: too many others do at this moment: %w", ErrTooMany)
 	}
 	right := identity.VerifyPassword(u.Hash, password)
 	<-s.busy
@@ -217,6 +220,37 @@ func (s *SignOn) Password(ctx context.Context, name, password, from string, now 
 		return nil, errPassword()
 	}
 	return &Signed{User: key(name), Name: u.Name, Generation: identity.Generation(u.Hash), At: now.Unix()}, nil
+}
+
+// ChangePassword gives a user who knows the old password a new one, which ends
+// every session. A new one that is too short is errs.Invalid.
+func (s *SignOn) ChangePassword(ctx context.Context, name, old, password, from string, now time.Time) error {
+	by, err := s.Password(ctx, name, old, from, now)
+	if err != nil {
+		return err
+	}
+	hash, err := identity.HashPassword(password)
+	if err != nil {
+		return err
+	}
+	// nobody needs a role for that, and it can do nothing else
+	who := Engine("password", TypeUser+"/read", TypeUser+"/write", TypeRoleAssignment+"/write")
+	who.Name = UserID(Local, by.User)
+	d, err := s.door.Get(ctx, who, userID(by.User))
+	if err != nil {
+		return err
+	}
+	var u User
+	if err := properties(d, &u); err != nil {
+		return err
+	}
+	u.Hash = hash
+	b, err := json.Marshal(u)
+	if err != nil {
+		return err
+	}
+	_, err = s.door.Put(ctx, who, resource.Document{ID: d.ID, Location: d.Location, Tags: d.Tags, Properties: b}, resource.When{Revision: d.Revision}, false)
+	return err
 }
 
 // LocalActor is a user of the built-in issuer whose token is genuine. Who is

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"ringwall/internal/control"
+	"ringwall/internal/errs"
 	"ringwall/internal/identity"
 )
 
@@ -46,6 +47,8 @@ func (p *people) routes() []Route {
 		public(http.MethodPost, issuerPath+"/activate", p.activate),
 		public(http.MethodGet, issuerPath+"/authorize", p.authorize),
 		public(http.MethodPost, issuerPath+"/authorize", p.authorize),
+		public(http.MethodGet, issuerPath+"/password", p.password),
+		public(http.MethodPost, issuerPath+"/password", p.password),
 		public(http.MethodPost, issuerPath+"/token", p.token),
 		public(http.MethodPost, issuerPath+"/revoke", p.revoke),
 	}
@@ -255,6 +258,7 @@ type page struct {
 	Title, Text, Problem string
 	Form                 bool
 	Code                 bool // asks for the code of another device
+	New                  bool // asks for a new password
 	UserCode             string
 	Hidden               map[string]string
 }
@@ -310,6 +314,29 @@ func (p *people) activate(w http.ResponseWriter, r *http.Request) error {
 		return p.problem(w, err, pg)
 	}
 	return p.show(w, http.StatusOK, &page{Title: "Signed on", Text: "You are signed on as " + by.User + ". Go back to the command line; this page can be closed."})
+}
+
+// password changes one's password.
+func (p *people) password(w http.ResponseWriter, r *http.Request) error {
+	pg := &page{Title: "New password", Text: "A new password ends every session.", Form: true, New: true}
+	f, err := form(r)
+	if err != nil {
+		return p.problem(w, err, pg)
+	}
+	if r.Method == http.MethodGet {
+		return p.show(w, http.StatusOK, pg)
+	}
+	if f.Get("new") != f.Get("again") {
+		return p.problem(w, badRequest("the two new passwords differ"), pg)
+	}
+	err = p.Memory.ChangePassword(r.Context(), f.Get("username"), f.Get("password"), f.Get("new"), from(r), p.now())
+	if errors.Is(err, errs.Invalid) {
+		err = badRequest("the new password is too short or too long: it has %d characters or more", identity.MinPassword)
+	}
+	if err != nil {
+		return p.problem(w, err, pg)
+	}
+	return p.show(w, http.StatusOK, &page{Title: "Changed", Text: "The new password counts from now on."})
 }
 
 // authorize signs a program of this machine on.

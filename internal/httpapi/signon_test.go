@@ -578,3 +578,32 @@ func TestIssuerElsewhere_refused(t *testing.T) {
 		_ = name
 	}
 }
+
+func TestChangePassword(t *testing.T) {
+	l := newSignOnLab(t)
+	l.putUser("ana", "")
+	session := l.deviceSignOn("ana")
+	const next = "another battery staple"
+	change := func(user, old, next, again string) reply {
+		return l.post("/password", "username", user, "password", old, "new", next, "again", again)
+	}
+	l.want(200, l.call("", http.MethodGet, "/ringwall/issuer/password", ""), "New password")
+	l.want(401, change("ana", "wrong", next, next), "name or password is wrong")
+	l.want(400, change("ana", password, next, next+"x"), "differ")
+	l.want(400, change("ana", password, "short", "short"), "12 characters")
+	l.want(401, change("nobody", password, next, next), "name or password is wrong")
+	l.want(200, l.call(session.ID, http.MethodGet, "/subscriptions", ""))
+	l.want(200, change("ana", password, next, next), "Changed")
+	l.want(401, l.call(session.ID, http.MethodGet, "/subscriptions", ""))
+	l.want(401, change("ana", password, next, next), "name or password is wrong")
+	l.want(200, change("ana", next, password, password), "Changed")
+	if r := l.want(200, l.call(l.admin, http.MethodGet, "/providers/Ringwall.Identity/users/ana", ""), `"displayName":"Ana"`, `"lastModifiedBy":"local|ana"`); strings.Contains(r.body, "argon2id") {
+		t.Error(r.body)
+	}
+	// Disabled users change nothing, least of all that.
+	l.want(200, l.call(l.admin, http.MethodPut, "/providers/Ringwall.Identity/users/ana", `{"properties":{"disabled":true}}`))
+	l.want(401, change("ana", password, next, next), "name or password is wrong")
+	if r := l.want(200, l.call(l.admin, http.MethodGet, "/ringwall/audit", "")); strings.Contains(r.body, "argon2id") || strings.Contains(r.body, next) || !strings.Contains(r.body, `"actor":"local|ana"`) {
+		t.Error(r.body)
+	}
+}
