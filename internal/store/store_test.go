@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -53,7 +54,16 @@ func open(t testing.TB, url string) *store.Store {
 func engines(t *testing.T, test func(t *testing.T, url string)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) { test(t, "sqlite:"+t.TempDir()) })
-	t.Run("postgres", func(t *testing.T) { test(t, testkit.StartPostgres(t).Database()) })
+	t.Run("postgres", func(t *testing.T) { test(t, postgres.Database(t)) })
+}
+
+// postgres is of all tests here.
+var postgres testkit.Shared
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	postgres.Close()
+	os.Exit(code)
 }
 
 func put(t testing.TB, s *store.Store, d resource.Document, when resource.When) (*resource.Document, error) {

@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -31,6 +32,42 @@ type Postgres struct {
 // PostgreSQL is not installed.
 func StartPostgres(t testing.TB) *Postgres {
 	t.Helper()
+	p := newPostgres(t)
+	t.Cleanup(p.remove)
+	p.begin()
+	return p
+}
+
+// Shared is one server for all tests of a package, each with a database of its
+// own: making a server takes much longer than most tests. TestMain closes it.
+type Shared struct {
+	mu     sync.Mutex
+	server *Postgres
+}
+
+// Database makes an empty database and returns its URL.
+func (s *Shared) Database(t testing.TB) string {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.server == nil {
+		p := newPostgres(t)
+		p.begin()
+		s.server = p
+	}
+	s.server.t = t
+	return s.server.Database()
+}
+
+// Close ends the server, if there is one.
+func (s *Shared) Close() {
+	if s.server != nil {
+		s.server.remove()
+	}
+}
+
+func newPostgres(t testing.TB) *Postgres {
+	t.Helper()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
 	if len(found) == 0 {
 		t.Skip("SKIPPED, NOT TESTED: no PostgreSQL here; fix: apt-get install postgresql")
@@ -39,11 +76,17 @@ func StartPostgres(t testing.TB) *Postgres {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &Postgres{t: t, bin: filepath.Dir(found[len(found)-1]), dir: dir, cred: &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT}}
-	t.Cleanup(func() {
-		p.Stop()
-		_ = os.RemoveAll(dir)
-	})
+	return &Postgres{t: t, bin: filepath.Dir(found[len(found)-1]), dir: dir, cred: &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT}}
+}
+
+func (p *Postgres) remove() {
+	p.Stop()
+	_ = os.RemoveAll(p.dir)
+}
+
+func (p *Postgres) begin() {
+	p.t.Helper()
+	t, dir := p.t, p.dir
 	if os.Geteuid() == 0 { // it refuses to run as root
 		u, err := user.Lookup("postgres")
 		if err != nil {
@@ -58,7 +101,6 @@ func StartPostgres(t testing.TB) *Postgres {
 	}
 	p.run("initdb", "-D", filepath.Join(dir, "data"), "-A", "trust", "-U", "ringwall", "-E", "UTF8", "--no-sync")
 	p.Start()
-	return p
 }
 
 func (p *Postgres) command(name string, args ...string) *exec.Cmd {
