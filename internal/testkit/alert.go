@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -90,6 +91,15 @@ func StartMailServer(t testing.TB) *MailServer {
 	if os.Getuid() != 0 {
 		t.Skip("SKIPPED, NOT TESTED: OpenSMTPD needs root")
 	}
+	// all of them have one queue, so there must be one at a time on a machine
+	lock, err := os.OpenFile(filepath.Join(os.TempDir(), "rwmail.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lock.Close() })
 	dir, err := os.MkdirTemp("", "rwmail") // the user nobody writes there
 	if err != nil {
 		t.Fatal(err)
