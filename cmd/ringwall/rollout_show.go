@@ -2,8 +2,8 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"ringwall/internal/api"
 	"ringwall/internal/control/rollouts"
 	"ringwall/internal/errs"
 	"ringwall/internal/rollout"
@@ -246,38 +247,60 @@ Exit code 1 if it was taken back or stopped.`) + "\none line each",
 			if err != nil {
 				return err
 			}
-			last := ""
-			for {
-				p, err := progressOf(c.Context(), client, args[0])
-				if err != nil {
-					return err
-				}
-				if now := progressKey(p); now != last {
-					last = now
-					if err := e.line(p, func(w io.Writer) { writeProgress(w, p) }); err != nil {
-						return err
-					}
-				}
-				switch p.Phase {
-				case rollout.Done:
-					return nil
-				case rollout.RolledBack, rollout.Stopped:
-					why := errors.New("no reason is on record")
-					if len(p.Why) > 0 {
-						why = errors.New(p.Why[0].Text)
-					}
-					return fmt.Errorf("%s: %w: %w", p.Phase, why, errs.Denied)
-				}
-				select {
-				case <-c.Context().Done():
-					return c.Context().Err()
-				case <-time.After(interval):
-				}
-			}
+			return watchRollout(c.Context(), e, client, args[0], interval)
 		},
 	}
 	c.Flags().DurationVar(&interval, "interval", time.Second, "look this often")
 	return c
+}
+
+// watchRollout prints a rollout whenever it changed, to its end. A server that is
+// away is waited for.
+func watchRollout(ctx context.Context, e *env, client *api.Client, id string, interval time.Duration) error {
+	last, away := "", false
+	for {
+		p, err := progressOf(ctx, client, id)
+		switch {
+		case err != nil && exitCode(err) != exitOther:
+			return err
+		case err != nil && ctx.Err() == nil:
+			if !away {
+				e.notef("%v; goes on when the server is back", err)
+			}
+			away = true
+		case err == nil:
+			away = false
+			if now := progressKey(p); now != last {
+				last = now
+				if err := e.line(p, func(w io.Writer) { writeProgress(w, p) }); err != nil {
+					return err
+				}
+			}
+			if ended, err := endOf(p); ended {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(interval):
+		}
+	}
+}
+
+// endOf says whether a rollout has come to its end, and whether to a bad one.
+func endOf(p *rollouts.Progress) (bool, error) {
+	switch p.Phase {
+	case rollout.Done:
+		return true, nil
+	case rollout.RolledBack, rollout.Stopped:
+		why := "no reason is on record"
+		if len(p.Why) > 0 {
+			why = p.Why[0].Text
+		}
+		return true, fmt.Errorf("%s: %s: %w", p.Phase, why, errs.Denied)
+	}
+	return false, nil
 }
 
 // progressKey is what must change for a line: times that pass are no news.
