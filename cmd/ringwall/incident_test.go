@@ -38,7 +38,7 @@ func (s *fleetServer) putIncident(name string, at time.Time) {
 func TestIncident(t *testing.T) {
 	mail := testkit.StartMailServer(t)
 	file := filepath.Join(t.TempDir(), "notify.yaml")
-	if err := os.WriteFile(file, fmt.Appendf(nil, "version: 1\nmail: [{server: %q, from: ringwall@example.com, to: [oncall@example.com], tls: none}]\n", mail.Address), 0o600); err != nil {
+	if err := os.WriteFile(file, fmt.Appendf(nil, "version: 1\nmail: [{server: %q, from: ringwall@example.com, to: [oncall@%s], tls: none}]\n", mail.Address, mail.Domain), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s := startServer(t, "--notify", file)

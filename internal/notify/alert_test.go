@@ -148,9 +148,10 @@ func TestPagerDuty(t *testing.T) {
 // A real mail server takes pages and the end, and no updates.
 func TestMail_alert(t *testing.T) {
 	m := testkit.StartMailServer(t)
-	target := mustLoad(t, fmt.Sprintf("version: 1\nmail: [{server: %q, from: ringwall@example.com, to: [oncall@example.com], tls: none}]\n", m.Address), nil)[0]
+	target := mustLoad(t, fmt.Sprintf("version: 1\nmail: [{server: %q, from: ringwall@example.com, to: [oncall@%s], tls: none}]\n", m.Address, m.Domain), nil)[0]
 	var err error
-	for _, msg := range []*notify.Message{alert(), alert(func(m *notify.Message) { m.Alert.Page, m.Title = false, "an update" }), alert(over, func(m *notify.Message) { m.Title = "over" })} {
+	own := func(m *notify.Message) { m.Owners = nil }
+	for _, msg := range []*notify.Message{alert(own), alert(own, func(m *notify.Message) { m.Alert.Page, m.Title = false, "an update" }), alert(own, over, func(m *notify.Message) { m.Title = "over" })} {
 		err = errors.Join(err, target.Send(t.Context(), msg))
 	}
 	if err != nil {

@@ -128,7 +128,7 @@ func (c *config) address(n *yaml.Node, where, s string) (host string, ok bool) {
 }
 
 func (c *config) level(w *wanted) func(*yaml.Node, string) {
-	return func(n *yaml.Node, at string) { w.level = int(c.Number(n, at, 0, 20)) }
+	return func(n *yaml.Node, at string) { w.level = int(c.Number(n, at, 0, 20)) } //nolint:gosec // bounded
 }
 
 func (c *config) updates(w *wanted) func(*yaml.Node, string) {

@@ -2,6 +2,7 @@ package testkit
 
 import (
 	"bytes"
+	"crypto/rand"
 	"fmt"
 	"net"
 	"net/http"
@@ -81,7 +82,10 @@ receivers: [{name: test, webhook_configs: [{url: %q, send_resolved: true}]}]
 // MailServer is a real SMTP server of a test's own.
 type MailServer struct {
 	Address string
-	dir     string
+	// Domain is of this server's recipients alone: what another left in the queue
+	// that all of them have is not counted.
+	Domain string
+	dir    string
 }
 
 // StartMailServer runs OpenSMTPD on loopback, without TLS. It skips the test,
@@ -106,7 +110,7 @@ func StartMailServer(t testing.TB) *MailServer {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	port := FreePort(t)
-	m := &MailServer{Address: fmt.Sprintf("127.0.0.1:%d", port), dir: filepath.Join(dir, "mail")}
+	m := &MailServer{Address: fmt.Sprintf("127.0.0.1:%d", port), Domain: strings.ToLower(rand.Text()) + ".example.com", dir: filepath.Join(dir, "mail")}
 	conf := fmt.Sprintf(`listen on 127.0.0.1 port %d
 action "keep" mda "/bin/sh -c 'cat > %s/new.$$ && mv %s/new.$$ %s/mail.$$'" virtual { "@" = "nobody" }
 match from any for any action "keep"
@@ -148,7 +152,9 @@ func (m *MailServer) Wait(t testing.TB, n int) []string {
 			if err != nil {
 				t.Fatal(err)
 			}
-			out = append(out, string(b))
+			if strings.Contains(string(b), "@"+m.Domain) {
+				out = append(out, string(b))
+			}
 		}
 		if len(out) >= n {
 			return out

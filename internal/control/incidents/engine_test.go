@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"slices"
 	"strings"
@@ -135,7 +134,7 @@ func (l *lab) engine() (e *incidents.Engine, stop func()) {
 	l.t.Helper()
 	ctx, cancel := context.WithCancel(l.t.Context())
 	e = incidents.New(l.door, incidents.Options{
-		Notifier: l.pager, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: l.clock.now, Gather: 5 * time.Millisecond, Observe: l.observe,
+		Notifier: l.pager, Log: slog.New(slog.DiscardHandler), Now: l.clock.now, Gather: 5 * time.Millisecond, Observe: l.observe,
 	})
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = e.Run(ctx) })
