@@ -214,6 +214,7 @@ func TestSpool_serverAway(t *testing.T) {
 	if fastest > time.Second {
 		t.Errorf("a block took %v to the server", fastest)
 	}
+	t.Logf("a block was with the server after %v", fastest)
 	connected := seq
 	f.set(func() { f.down = true })
 	for range 20 {
