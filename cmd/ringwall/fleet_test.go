@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -24,7 +25,8 @@ import (
 // fleetHost is a host as the server sees one, at a real server.
 type fleetHost struct {
 	agentpb.AgentClient
-	id string
+	http *http.Client
+	id   string
 }
 
 func (s *fleetServer) httpClient(certs ...tls.Certificate) *http.Client {
@@ -55,7 +57,8 @@ func (s *fleetServer) joinHost(token, name string) *fleetHost {
 		s.t.Fatal(err)
 	}
 	cert := tls.Certificate{Certificate: out.Msg.GetCertificates(), PrivateKey: key}
-	return &fleetHost{AgentClient: agentpb.NewAgentClient(s.httpClient(cert), s.url), id: out.Msg.GetHostId()}
+	client := s.httpClient(cert)
+	return &fleetHost{AgentClient: agentpb.NewAgentClient(client, s.url), http: client, id: out.Msg.GetHostId()}
 }
 
 func TestFleet(t *testing.T) {
@@ -107,6 +110,25 @@ func TestFleet(t *testing.T) {
 	}
 	s.must(0, "admin", "", "fleet", "hosts", "release", h.id)
 
+	// With its certificate a host sees what a role lets it see, and nothing else.
+	itself := testGroup + "/providers/Ringwall.Fleet/hosts/web-1"
+	reads := func(want int) {
+		t.Helper()
+		resp, err := h.http.Get(s.url + itself)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != want {
+			b, _ := io.ReadAll(resp.Body)
+			t.Errorf("a host reads its document: %s, want %d: %s", resp.Status, want, b)
+		}
+	}
+	reads(http.StatusForbidden)
+	s.must(0, "admin", `{"properties":{"roleDefinitionId":"/providers/Microsoft.Authorization/roleDefinitions/acdd72a7-3385-48ef-bd42-f606fba81ae7","principalId":"ringwall://hosts/`+h.id+`"}}`,
+		"resource", "put", itself+"/providers/Microsoft.Authorization/roleAssignments/self", "--file", "-")
+	reads(http.StatusOK)
+
 	// What it says comes into the inventory and to people.
 	sum := make([]byte, 32)
 	sum[0] = 7
@@ -139,6 +161,7 @@ func TestFleet(t *testing.T) {
 	if _, err := wait(&agentpb.WaitRequest{}); rpc.CodeOf(err) != rpc.CodeUnauthenticated {
 		t.Errorf("revoked: %v", err)
 	}
+	reads(http.StatusUnauthorized)
 	s.must(4, "admin", "", "fleet", "hosts", "show", "web-9")
 }
 

@@ -30,6 +30,7 @@ func (p *serverParts) addHosts(ctx context.Context, url, spool string, clients *
 	if p.hosts, err = hosts.New(ctx, o); err != nil {
 		return nil, errors.Join(err, events.Close())
 	}
+	p.door.HandlePeers(control.PeerHost, p.hosts.Peer)
 	p.loop(func(ctx context.Context) { _ = p.hosts.Run(ctx) })
 	p.routes = append(p.routes, hostRoutes(p.hosts)...)
 	p.metrics.hosts(p.hosts)

@@ -60,20 +60,39 @@ func (s *Service) Authenticate(r *http.Request) (*control.Actor, error) {
 	if err != nil {
 		return nil, err
 	}
+	return id.actor(), nil
+}
+
+// Peer is a control.Peer: it lets hosts ask what people ask, as far as a role
+// assignment for ringwall://hosts/ID permits, which none does by itself.
+func (s *Service) Peer(ctx context.Context, _ control.Tx, _ string, cert *x509.Certificate) (*control.Actor, error) {
+	id, err := s.holder(ctx, cert)
+	if err != nil {
+		return nil, err
+	}
+	return id.actor(), nil
+}
+
+func (id *identity) actor() *control.Actor {
 	id.h.mu.Lock()
 	defer id.h.mu.Unlock()
-	return &control.Actor{ID: control.PeerID(control.PeerHost, id.h.v.ID), Name: id.h.v.Resource.String()}, nil
+	return &control.Actor{ID: control.PeerID(control.PeerHost, id.h.v.ID), Name: id.h.v.Resource.String()}
 }
 
 func (s *Service) identify(r *http.Request) (*identity, error) {
+	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
+		s.counters.unknown.Add(1)
+		return nil, fmt.Errorf("client certificate: there is none: %w", errs.Untrusted)
+	}
+	return s.holder(r.Context(), r.TLS.VerifiedChains[0][0])
+}
+
+// holder is the host whose certificate that is, which TLS has verified.
+func (s *Service) holder(ctx context.Context, cert *x509.Certificate) (*identity, error) {
 	refuse := func(why string) (*identity, error) {
 		s.counters.unknown.Add(1)
 		return nil, fmt.Errorf("client certificate: %s: %w", why, errs.Untrusted)
 	}
-	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
-		return refuse("there is none")
-	}
-	cert := r.TLS.VerifiedChains[0][0]
 	now := s.Now()
 	switch {
 	case len(cert.URIs) != 1:
@@ -87,7 +106,7 @@ func (s *Service) identify(r *http.Request) (*identity, error) {
 	}
 	h := s.host(name)
 	if h == nil {
-		h = s.lookUp(r.Context(), name)
+		h = s.lookUp(ctx, name)
 	}
 	if h == nil {
 		return refuse("of a host that there is not")

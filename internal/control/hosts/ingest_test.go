@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"ringwall/internal/agentpb"
+	"ringwall/internal/control"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
@@ -241,10 +242,10 @@ func TestHostile(t *testing.T) {
 			_, err := agentpb.NewAgentClient(l.httpClient(nil), l.server.URL).Wait(ctx, connect.NewRequest(&agentpb.WaitRequest{}))
 			return err
 		}(), connect.CodeUnauthenticated},
-		"a host that there is not":    {stranger("ringwall://host/"+strings.Repeat("0", 32), ca), connect.CodeUnauthenticated},
-		"another's id, another's key": {stranger("ringwall://host/"+good.id, ca), connect.CodeUnauthenticated},
+		"a host that there is not":    {stranger(control.PeerID(control.PeerHost, "")+strings.Repeat("0", 32), ca), connect.CodeUnauthenticated},
+		"another's id, another's key": {stranger(control.PeerID(control.PeerHost, "")+good.id, ca), connect.CodeUnauthenticated},
 		"a service":                   {stranger("ringwall://service/"+good.id, ca), connect.CodeUnauthenticated},
-		"somebody else's CA":          {stranger("ringwall://host/"+good.id, other), connect.CodeUnavailable},
+		"somebody else's CA":          {stranger(control.PeerID(control.PeerHost, "")+good.id, other), connect.CodeUnavailable},
 		"too large a batch":           {ingest(&agentpb.IngestRequest{Stream: stream, Lane: laneBlocks, First: 1, Records: []*agentpb.Record{block(long)}}), connect.CodeResourceExhausted},
 		"too many records":            {ingest(&agentpb.IngestRequest{Stream: stream, Lane: laneBlocks, First: 1, Records: many}), connect.CodeInvalidArgument},
 		"no lane":                     {ingest(&agentpb.IngestRequest{Stream: stream, First: 1}), connect.CodeInvalidArgument},
