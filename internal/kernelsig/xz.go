@@ -173,7 +173,7 @@ func (x *x86Reader) filter() int {
 		src := binary.LittleEndian.Uint32(b[i+1:])
 		var dest uint32
 		for {
-			dest = src - (x.base + uint32(i+5)) //nolint:gosec // a buffer's length
+			dest = src - (x.base + uint32(i+5))
 			if x.prevMask == 0 {
 				break
 			}
