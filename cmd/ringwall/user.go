@@ -38,10 +38,10 @@ A user is somebody, and may nothing until a role says so:
 }
 
 func identityDocument(kind, name string) (string, error) {
-	id, err := resource.ParseID("/providers/" + kind + "/" + name)
-	if err == nil && !control.ValidName(name) {
-		err = fmt.Errorf("%.80q is no name (lower-case letters, digits, dots, dashes and underlines): %w", name, errs.Invalid)
+	if !control.ValidName(name) {
+		return "", fmt.Errorf("%.80q is no name (lower-case letters, digits, dots, dashes and underlines): %w", name, errs.Invalid)
 	}
+	id, err := resource.ParseID("/providers/" + kind + "/" + name)
 	return id.String(), err
 }
 

@@ -42,7 +42,7 @@ func certificateOf(s *httptest.Server) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}))
 }
 
-// startOP starts the certified OpenID provider of zitadel/oidc.
+// startOP starts the OpenID provider of zitadel/oidc.
 func startOP(t *testing.T) *httptest.Server {
 	t.Helper()
 	s := httptest.NewUnstartedServer(nil)
