@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/url"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"ringwall/internal/httpapi"
 	"ringwall/internal/incident"
 	"ringwall/internal/resource"
+	"ringwall/internal/rollout"
 )
 
 // addRollouts adds the engine that moves rollouts, after addHosts. probes are
@@ -21,6 +23,7 @@ func (p *serverParts) addRollouts(probes []string, now func() time.Time) {
 	p.rollouts = rollouts.New(rollouts.Options{
 		Door: p.door, Store: managed{p.store}, Fleet: p.hosts, Content: p.hosts, Inventory: p.hosts, Log: p.log, Now: now,
 		MayAsk: func(u *url.URL) bool { return mayAsk(probes, u) },
+		Incidents: p.incidents.Open, Page: p.pageRollout,
 	})
 	p.lead(rollouts.Lease, p.rollouts.Run)
 	p.routes = append(p.routes, httpapi.Route{
@@ -44,6 +47,19 @@ func (p *serverParts) addRollouts(probes []string, now func() time.Time) {
 			return nil
 		},
 	})
+}
+
+// pageRollout opens an incident for a rollout that waits or stopped for
+// something that an engineer must know.
+func (p *serverParts) pageRollout(ctx context.Context, id resource.ID, why rollout.Reason) {
+	now := time.Now()
+	err := p.incidents.Blocks(ctx, []incident.Event{{
+		ID: fmt.Sprintf("%s/%s/%d", id, why.Code, now.Unix()), Scope: id.Parent().String(), Host: id.Name(), Name: "rollout " + id.Name(),
+		Kind: incident.KindNotice, Reason: "rollout-" + why.Code, Rule: fmt.Sprintf("rollout %s: %s", id.Name(), why.Text), Mode: "enforce", Count: 1, At: now,
+	}})
+	if err != nil && ctx.Err() == nil {
+		p.log.ErrorContext(ctx, "rollout_not_paged", "rollout", id.String(), "error", err)
+	}
 }
 
 const progressPath = "/ringwall/fleet/rollout"

@@ -57,7 +57,7 @@ func (e *Event) Matters() bool {
 	if e.Kind != KindNotice {
 		return true
 	}
-	return slices.Contains([]string{
+	return strings.HasPrefix(e.Reason, "rollout-") || slices.Contains([]string{
 		"canary", "permit", "not-believed", "clock-went-back", "early-start", "agent-stops", "log", "reverted", "state-damaged", // the agent's codes
 		"lost", "gap", "malformed", "attestation", // the server's
 	}, e.Reason)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -55,6 +56,11 @@ type Engine struct {
 
 	recent recent
 	open   cache // used by flush only
+
+	asked struct {
+		sync.Mutex
+		cache
+	}
 }
 
 // New returns an engine; Run makes it work.
@@ -181,6 +187,25 @@ func (e *Engine) flush(ctx context.Context, events []incident.Event) error {
 		signal(e.page)
 	}
 	return nil
+}
+
+// Open are the incidents below a place that a change of policy with this epoch
+// caused and that are not resolved.
+func (e *Engine) Open(ctx context.Context, below resource.ID, epoch uint64) ([]string, error) {
+	e.asked.Lock()
+	defer e.asked.Unlock()
+	if err := e.door.View(ctx, actor(), func(tx control.Tx) error { return e.asked.update(ctx, tx) }); err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, h := range e.asked.incidents {
+		over := h.now.State == incident.Resolved || h.now.State == incident.Closed
+		if h.now.Epoch == epoch && epoch != 0 && !over && below.Contains(h.doc.ID) {
+			out = append(out, h.now.ID)
+		}
+	}
+	slices.Sort(out)
+	return out, nil
 }
 
 // recent remembers the ids of the last events.

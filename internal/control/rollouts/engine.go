@@ -38,6 +38,10 @@ type Options struct {
 	// Offline is how long a host may be silent before it counts as gone; zero
 	// is ten minutes.
 	Offline time.Duration
+	// Page tells whoever is on call of a rollout that waits or stopped for
+	// something that an engineer must know; it may be told the same again. nil:
+	// nobody. Flips are not told: the blocks that they are open incidents.
+	Page func(ctx context.Context, id resource.ID, r rollout.Reason)
 	// MayAsk says which URLs probes may ask; nil: none.
 	MayAsk func(*url.URL) bool
 	// Round is the pause between two looks; zero is a second.
@@ -288,6 +292,7 @@ func (r *run) move(ctx context.Context, x *entry) error {
 	plan := x.plan()
 	step := plan.Next(x.r.Status.State, view, now)
 	w.step = step
+	r.page(ctx, x, w)
 	switch {
 	case step.State.Revision != x.r.Status.Revision:
 		return r.advance(ctx, x, w, step.State, now)
@@ -299,6 +304,20 @@ func (r *run) move(ctx context.Context, x *entry) error {
 		return r.end(ctx, x)
 	}
 	return nil
+}
+
+// page tells people what they have not been told yet.
+func (r *run) page(ctx context.Context, x *entry, w *watched) {
+	for _, why := range w.step.Judgement.Reasons {
+		if r.Page == nil || !why.Page || strings.HasPrefix(why.Code, "flip") || w.paged[why.Code] {
+			continue
+		}
+		if w.paged == nil {
+			w.paged = map[string]bool{}
+		}
+		w.paged[why.Code] = true
+		r.Page(ctx, x.id, why)
+	}
 }
 
 // advance stores the next state: one write, with its audit record and, when the

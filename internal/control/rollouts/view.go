@@ -36,6 +36,7 @@ const silentAfter = 3 * Heartbeat
 
 // watched is what is known of the hosts of a rollout.
 type watched struct {
+	paged map[string]bool // codes of reasons that people were told
 	hosts map[string]*rollout.Record
 	hits  map[string]map[string]rollout.Hit // by host and signal
 	now   map[string]*fleet.Host            // as they are
