@@ -34,7 +34,7 @@ gets which bundle when, and can make none.
   ringwall fleet bundle make base.yaml --keys keys --release releases --out b12
   ringwall fleet bundle push b12
   ringwall rollout …                            brings it to hosts, in rings`,
-		newFleetTokenCommand(e), newFleetHostsCommand(e), newFleetBundleCommand(e), newFleetInventoryCommand(e))
+		newFleetTokenCommand(e), newFleetHostsCommand(e), newFleetBundleCommand(e), newFleetInventoryCommand(e), newFleetCellsCommand(e))
 }
 
 // below is the path of the resources of a type in a scope.

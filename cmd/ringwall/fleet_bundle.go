@@ -370,7 +370,7 @@ func (d *bundleDir) policy(p *integrity.Policy) ([]byte, error) {
 		return nil, err
 	}
 	if p == nil {
-		_, claimed, err := pki.UnverifiedPayload(signed, maxPolicyFile)
+		claimed, err := unverifiedYAML(signed)
 		if err == nil {
 			p, err = integrity.ParseNamed(filepath.Join(d.dir, "policy.yaml"), claimed)
 		}
@@ -383,6 +383,12 @@ func (d *bundleDir) policy(p *integrity.Policy) ([]byte, error) {
 		return nil, err
 	}
 	return was.YAML, nil
+}
+
+// unverifiedYAML is what a signed policy says, whoever signed it.
+func unverifiedYAML(signed []byte) ([]byte, error) {
+	_, text, err := pki.UnverifiedPayload(signed, maxPolicyFile)
+	return text, err
 }
 
 // items are its releases and supplements, copied to b.

@@ -199,6 +199,18 @@ func TestRollout(t *testing.T) {
 		t.Errorf("%d hosts have the second one", l.have(12))
 	}
 
+	// What hosts run by now is what is asked before a build ships.
+	live, build := filepath.Join(l.dir, "live"), t.TempDir()
+	if err := os.WriteFile(filepath.Join(build, "tool"), []byte("#!/bin/sh\nexit 0\n"), 0o755); err != nil { //nolint:gosec // a program
+		t.Fatal(err)
+	}
+	if got := l.must(0, "admin", "", "fleet", "cells", "--scope", testGroup, "--out", live); !strings.Contains(got, "12 hosts") {
+		t.Errorf("cells: %s", got)
+	}
+	if got := l.must(0, "admin", "", "csv", "verify", build, "--cells", filepath.Join(live, "cells.yaml")); !strings.Contains(got, "CSV001") || !strings.Contains(got, "(12 hosts)") {
+		t.Errorf("csv: %s", got)
+	}
+
 	// The third one breaks hosts, and goes back by itself.
 	got = start(0, "third", 14)
 	if !strings.Contains(got, "they decide alike") && !strings.Contains(got, "releases: 0 come, 0 go") {

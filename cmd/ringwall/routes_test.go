@@ -169,6 +169,7 @@ func routeAccess() map[string]string {
 		"GET /ringwall/fleet/events":                                          "OCRUSMEAH",
 		"POST /ringwall/fleet/chunks":                                         "OCSM",
 		"PUT /ringwall/fleet/chunks/{sha256}":                                 "OCSM",
+		"GET /ringwall/fleet/chunks/{sha256}":                                 "OCRUSMEAH",
 		"GET /ringwall/fleet/rollout?id=/providers/Ringwall.Fleet/rollouts/x": "OCRUSMEA",
 	}
 }

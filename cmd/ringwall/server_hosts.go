@@ -85,6 +85,7 @@ func hostRoutes(s *hosts.Service) []httpapi.Route {
 			},
 		},
 		{Method: http.MethodPost, Path: "/ringwall/fleet/chunks", Serve: s.ServeMissing, Summary: "Which chunks must be pushed", Body: hosts.Question{}, Answer: hosts.Question{}},
+		{Method: http.MethodGet, Path: "/ringwall/fleet/chunks/{sha256}", Serve: s.ServeContent, Slow: 10 * time.Minute},
 		{Method: http.MethodPut, Path: "/ringwall/fleet/chunks/{sha256}", Serve: s.ServeChunk, MaxBody: hosts.MaxChunk + 1, Slow: 10 * time.Minute},
 	}
 }

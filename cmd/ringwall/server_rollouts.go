@@ -22,7 +22,7 @@ import (
 func (p *serverParts) addRollouts(probes []string, now func() time.Time) {
 	p.rollouts = rollouts.New(rollouts.Options{
 		Door: p.door, Store: managed{p.store}, Fleet: p.hosts, Content: p.hosts, Inventory: p.hosts, Log: p.log, Now: now,
-		MayAsk: func(u *url.URL) bool { return mayAsk(probes, u) },
+		MayAsk:    func(u *url.URL) bool { return mayAsk(probes, u) },
 		Incidents: p.incidents.Open, Page: p.pageRollout,
 	})
 	p.lead(rollouts.Lease, p.rollouts.Run)

@@ -350,6 +350,48 @@ func (s *Service) ServeChunk(w http.ResponseWriter, r *http.Request, by control.
 	return nil
 }
 
+// ServeContent gives a chunk: GET …/{sha256}?scope=ID. It takes reading the
+// manifests of the scope, which name chunks; whoever knows a digest of another's
+// has read it.
+func (s *Service) ServeContent(w http.ResponseWriter, r *http.Request, by control.Actor) error {
+	want, err := integrity.ParseDigest(r.PathValue("sha256"))
+	if err != nil {
+		return err
+	}
+	at, err := scope(r, "scope")
+	if err != nil {
+		return err
+	}
+	if err := s.may(r.Context(), by, fleet.TypeManifest+"/read", at); err != nil {
+		return err
+	}
+	for offset, size := int64(0), int64(1); offset < size; {
+		var data []byte
+		err := s.Store.Read(r.Context(), func(tx control.Tx) error {
+			chunks, err := of[chunkTx](tx)
+			if err == nil {
+				data, size, err = chunks.Chunk(r.Context(), want, offset, maxChunkAnswer)
+			}
+			return err
+		})
+		if err != nil {
+			return err // only the first part can fail in a way that the client sees
+		}
+		if offset == 0 {
+			w.Header().Set("Content-Type", "application/octet-stream")
+			w.Header().Set("Content-Length", strconv.FormatInt(size, 10))
+		}
+		if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(slowest)); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			return err
+		}
+		if _, err := w.Write(data); err != nil || len(data) == 0 {
+			return nil //nolint:nilerr // the client is gone, and sees that bytes are missing
+		}
+		offset += int64(len(data))
+	}
+	return nil
+}
+
 // chunkPart is the size of what is written in one transaction, in bytes: the
 // store's.
 const chunkPart = 1 << 20
