@@ -122,8 +122,14 @@ func (w *learner) rule(s string) string {
 		return '-'
 	}, strings.ToLower(s))
 	s = strings.Trim(s[:min(len(s), 50)], "-.")
-	if s == "" {
+	switch s {
+	case "":
 		s = "rule"
+	case "true", "false", "null", "yes", "no", "on", "off", "y", "n":
+		s = "rule-" + s // in YAML, no text
+	}
+	if s[0] < 'a' { // it may be a number, or a time
+		s = "rule-" + s
 	}
 	name := s
 	for n := 2; w.taken[name] > 0; n++ {
