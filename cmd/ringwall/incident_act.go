@@ -142,7 +142,7 @@ func (o *incidentChange) run(ctx context.Context, e *env, incident, section stri
 	if err != nil {
 		return err
 	}
-	made, err := o.makeChanged(e, section, entry(d.Incident.ID, digests, kinds))
+	made, err := o.makeChanged(e, section, entry(d.Incident.ID, digests, kinds)) //nolint:contextcheck // keys and the log are files
 	if err != nil {
 		return err
 	}

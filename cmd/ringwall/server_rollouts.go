@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"strings"
@@ -58,7 +59,7 @@ func (p *serverParts) pageRollout(ctx context.Context, id resource.ID, why rollo
 		Kind: incident.KindNotice, Reason: "rollout-" + why.Code, Rule: fmt.Sprintf("rollout %s: %s", id.Name(), why.Text), Mode: "enforce", Count: 1, At: now,
 	}})
 	if err != nil && ctx.Err() == nil {
-		p.log.ErrorContext(ctx, "rollout_not_paged", "rollout", id.String(), "error", err)
+		p.log.ErrorContext(ctx, "rollout_not_paged", slog.String("rollout", id.String()), slog.Any("error", err))
 	}
 }
 

@@ -31,7 +31,7 @@ type qemu struct {
 	cmdline string
 	disks   []Disk
 	machine Machine
-	reboots int // how often the guest may restart
+	reboots int  // how often the guest may restart
 	bare    bool // nothing of the caller's runs before the system is ready
 	nonce   string
 	output  io.Writer

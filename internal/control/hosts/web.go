@@ -365,12 +365,13 @@ func (s *Service) ServeContent(w http.ResponseWriter, r *http.Request, by contro
 	if err := s.may(r.Context(), by, fleet.TypeManifest+"/read", at); err != nil {
 		return err
 	}
+	ctx := r.Context()
 	for offset, size := int64(0), int64(1); offset < size; {
 		var data []byte
-		err := s.Store.Read(r.Context(), func(tx control.Tx) error {
+		err := s.Store.Read(ctx, func(tx control.Tx) error {
 			chunks, err := of[chunkTx](tx)
 			if err == nil {
-				data, size, err = chunks.Chunk(r.Context(), want, offset, maxChunkAnswer)
+				data, size, err = chunks.Chunk(ctx, want, offset, maxChunkAnswer)
 			}
 			return err
 		})
