@@ -2,7 +2,9 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -13,6 +15,8 @@ import (
 
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/incident"
+	"ringwall/internal/notify"
+	"ringwall/internal/resource"
 	"ringwall/internal/testkit"
 )
 
@@ -131,5 +135,48 @@ func TestIncident_syslog(t *testing.T) {
 		}
 	case <-time.After(20 * time.Second):
 		t.Fatal("the collector got nothing")
+	}
+}
+
+// heard is a target that remembers what it was told, and can be away.
+type heard struct {
+	name   string
+	away   bool
+	titles []string
+}
+
+func (h *heard) Name() string { return h.name }
+
+func (h *heard) Send(_ context.Context, m *notify.Message) error {
+	if h.away {
+		return errors.New("away")
+	}
+	h.titles = append(h.titles, m.Title)
+	return nil
+}
+
+// A target that is away makes no other hear twice, and the same words at another
+// time are another notice: the end of a second acknowledgement pages as well.
+func TestOnCall(t *testing.T) {
+	now := time.Now()
+	a, b := &heard{name: "a"}, &heard{name: "b", away: true}
+	o := &onCall{targets: []notify.Target{a, b}, now: func() time.Time { return now }, told: map[string]time.Time{}}
+	i, _ := incident.New("inc-1", &incident.Event{Scope: testGroup, Host: "h", Kind: "exec", Path: "/tmp/x", Mode: "enforce", Count: 1, At: now})
+	scope, err := resource.ParseID(testGroup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tell := func(at time.Time) error {
+		return o.Notify(t.Context(), &incidents.Stored{Incident: *i}, scope, incidents.Outgoing{Notice: incident.Notice{Incident: i.ID, Page: true, Text: "over"}, At: at})
+	}
+	if tell(now) == nil {
+		t.Error("a target that is away is no error")
+	}
+	b.away = false
+	if err := errors.Join(tell(now), tell(now), tell(now.Add(time.Minute))); err != nil {
+		t.Fatal(err)
+	}
+	if len(a.titles) != 2 || len(b.titles) != 2 {
+		t.Errorf("told %d and %d times, want 2 and 2", len(a.titles), len(b.titles))
 	}
 }

@@ -47,7 +47,7 @@ func openOnCall(file string, collectors []notify.Target, now func() time.Time) (
 const toldFor = 2 * time.Hour
 
 // Notify implements incidents.Notifier. It fails when one of the targets does.
-func (o *onCall) Notify(ctx context.Context, i *incidents.Stored, scope resource.ID, n incident.Notice) error {
+func (o *onCall) Notify(ctx context.Context, i *incidents.Stored, scope resource.ID, n incidents.Outgoing) error {
 	m := o.message(i, scope)
 	m.Alert.Page, m.Alert.Level, m.Alert.Changed = n.Page, n.Level, n.State != ""
 	if n.State != "" {
@@ -59,7 +59,7 @@ func (o *onCall) Notify(ctx context.Context, i *incidents.Stored, scope resource
 	errs := make([]error, len(o.targets))
 	var wg sync.WaitGroup
 	for k, t := range o.targets {
-		key := fmt.Sprintf("%s\n%v", t.Name(), n)
+		key := fmt.Sprintf("%s\n%v\n%d", t.Name(), n.Notice, n.At.UnixNano())
 		if o.heard(key) {
 			continue
 		}

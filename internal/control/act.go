@@ -25,9 +25,9 @@ type Action struct {
 	Done func(ctx context.Context, d *resource.Document)
 }
 
-// Invoke does a registered action to a document: authorise, check, one
-// transaction, an audit record in it. A document that was checked when it was
-// written is checked again, since the action may have broken it.
+// Invoke does a registered action to a document: authorise, one transaction, an
+// audit record in it. What the action made of the document is for it to check,
+// beyond the envelope.
 func (d *Door) Invoke(ctx context.Context, by Actor, id resource.ID, name string, body json.RawMessage) (any, error) {
 	kind, ok := d.kinds[id.Type()]
 	if !ok {

@@ -25,9 +25,10 @@ type Door interface {
 	View(ctx context.Context, by control.Actor, fn func(control.Tx) error) error
 }
 
-// Notifier tells people; errors are tried again.
+// Notifier tells people; errors are tried again. The same notice is known by the
+// same time: another with the same words is another.
 type Notifier interface {
-	Notify(ctx context.Context, i *Stored, scope resource.ID, n incident.Notice) error
+	Notify(ctx context.Context, i *Stored, scope resource.ID, n Outgoing) error
 }
 
 // Options of an engine.
@@ -68,10 +69,18 @@ func New(d Door, o Options) *Engine {
 	if o.Gather == 0 {
 		o.Gather = 100 * time.Millisecond
 	}
-	return &Engine{
+	e := &Engine{
 		o: o, door: d, wake: make(chan struct{}, 1), page: make(chan struct{}, 1),
 		recent: recent{seen: map[string]bool{}},
 	}
+	e.open.unread, e.asked.unread = e.unread, e.unread
+	return e
+}
+
+// unread says that a document is left alone. One that another version wrote must
+// not keep all others from being counted and paged.
+func (e *Engine) unread(id resource.ID, err error) {
+	e.o.Log.Error("incident_unreadable", slog.String("document", id.String()), slog.Any("error", err))
 }
 
 // actor is who the engine is for the door.
@@ -248,6 +257,8 @@ func (r *recent) add(events []incident.Event) {
 // cache holds the incidents that go on, or of which somebody is to be told, and the silences, as of a
 // revision of the tree. What it holds is never changed, only replaced.
 type cache struct {
+	// unread is told of documents that cannot be read, which are left alone.
+	unread    func(id resource.ID, err error)
 	read      bool
 	revision  uint64
 	incidents map[string]*held // by key of the document
@@ -285,9 +296,7 @@ func (c *cache) update(ctx context.Context, tx control.Tx) error {
 				return err
 			}
 			for i := range page {
-				if err := c.set(&page[i], false); err != nil {
-					return err
-				}
+				c.set(&page[i], false)
 			}
 			if len(page) < q.Limit {
 				break
@@ -311,9 +320,7 @@ func (c *cache) follow(ctx context.Context, tx control.Tx, now uint64) (ok bool,
 			return false, err
 		}
 		for i := range changes {
-			if err := c.set(&changes[i].Document, changes[i].Deleted); err != nil {
-				return false, err
-			}
+			c.set(&changes[i].Document, changes[i].Deleted)
 		}
 		at = changes[len(changes)-1].Revision
 	}
@@ -321,29 +328,26 @@ func (c *cache) follow(ctx context.Context, tx control.Tx, now uint64) (ok bool,
 	return true, nil
 }
 
-func (c *cache) set(d *resource.Document, deleted bool) error {
+func (c *cache) set(d *resource.Document, deleted bool) {
 	key := d.ID.Key()
+	var err error
 	switch d.ID.Type() {
 	case strings.ToLower(TypeSilence):
 		delete(c.silences, key)
-		if deleted {
-			return nil
+		var s *Silence
+		if s, err = readSilence(d); err == nil && !deleted {
+			c.silences[key] = silenced{d.ID.Parent(), *s}
 		}
-		s, err := readSilence(d)
-		c.silences[key] = silenced{d.ID.Parent(), *s}
-		return err
 	case strings.ToLower(TypeIncident):
 		delete(c.incidents, key)
-		if deleted {
-			return nil
-		}
-		s, err := read(d)
-		if err == nil && (s.State != incident.Closed || len(s.Outbox) > 0) {
+		var s *Stored
+		if s, err = read(d); err == nil && !deleted && (s.State != incident.Closed || len(s.Outbox) > 0) {
 			c.incidents[key] = &held{*d, s}
 		}
-		return err
 	}
-	return nil
+	if err != nil && !deleted {
+		c.unread(d.ID, err)
+	}
 }
 
 // working is a set of changes to the cache's incidents. It is thrown away when

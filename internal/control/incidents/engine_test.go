@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"ringwall/internal/audit"
 	"ringwall/internal/control"
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/errs"
@@ -51,7 +52,8 @@ type pager struct {
 	come  chan struct{}
 }
 
-func (p *pager) Notify(_ context.Context, _ *incidents.Stored, _ resource.ID, n incident.Notice) error {
+func (p *pager) Notify(_ context.Context, _ *incidents.Stored, _ resource.ID, o incidents.Outgoing) error {
+	n := o.Notice
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	select {
@@ -165,7 +167,7 @@ func (l *lab) list() []*incidents.Stored {
 	for _, d := range docs {
 		var s incidents.Stored
 		if err := json.Unmarshal(d.Properties, &s); err != nil {
-			l.t.Fatal(err)
+			continue // see TestEngine_unreadable
 		}
 		out = append(out, &s)
 	}
@@ -381,4 +383,23 @@ func TestKinds_evidence(t *testing.T) {
 			t.Errorf("%s: error %v, want denied", name, err)
 		}
 	}
+}
+
+// A document that another version wrote keeps nothing else from being counted.
+func TestEngine_unreadable(t *testing.T) {
+	l := newLab(t)
+	err := l.door.Act(t.Context(), control.Engine("test", "*"), incidents.TypeIncident, "write", id(group), func(tx control.Tx, _ *audit.Record) error {
+		_, err := tx.Put(t.Context(), resource.Document{
+			ID: id(group + "/providers/" + incidents.TypeIncident + "/inc-new"), Type: incidents.TypeIncident, Properties: json.RawMessage(`{"id":"inc-new","state":7}`),
+		}, "a newer version", resource.When{})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, _ := l.engine()
+	if err := e.Blocks(t.Context(), []incident.Event{l.block(1)}); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "the page", func() bool { return l.pager.paged() == 1 })
 }

@@ -28,7 +28,7 @@ const (
 // ctx ends. One process does it at a time: d is held to its lease. Should two do
 // it for a moment, somebody is told twice.
 func (e *Engine) Tell(ctx context.Context, d Door) error {
-	t := &teller{e: e, door: d}
+	t := &teller{e: e, door: d, open: cache{unread: e.unread}}
 	for {
 		err := d.View(ctx, actor(), func(tx control.Tx) error { return t.open.update(ctx, tx) })
 		if err == nil {
@@ -194,7 +194,7 @@ func (t *teller) sendOne(ctx context.Context, h *held) (out outcome) {
 			continue
 		}
 		try, cancel := context.WithTimeout(ctx, sendTimeout)
-		out.err = t.e.o.Notifier.Notify(try, h.now, h.doc.ID.Parent(), o.Notice)
+		out.err = t.e.o.Notifier.Notify(try, h.now, h.doc.ID.Parent(), o)
 		cancel()
 		if out.err != nil {
 			t.e.o.Log.WarnContext(ctx, "not_told", slog.String("incident", h.now.ID), slog.Bool("page", o.Page), slog.Int("tries", o.Tries+1), slog.Any("error", out.err))
