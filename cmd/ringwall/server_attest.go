@@ -197,6 +197,7 @@ func (p *serverParts) quarantined(i attestation.Incident) {
 	go func() {
 		ctx, stop := context.WithTimeout(context.Background(), time.Minute)
 		defer stop()
+		p.hosts.Signal(ctx, fleet.Signal{Host: i.Host, Name: "attestation", Text: i.Detail, At: i.At})
 		scope := ""
 		err := p.store.Read(ctx, func(tx *store.Tx) error {
 			d, err := documentOf(ctx, tx, i.Host)
@@ -210,7 +211,7 @@ func (p *serverParts) quarantined(i attestation.Incident) {
 			reason = "attestation: " + string(i.Reasons[0])
 		}
 		e := incident.Event{
-			ID: fmt.Sprintf("attestation/%s/%d", i.Host, i.At.UnixMicro()), Scope: scope, Host: i.Host, Kind: "attestation", Path: "host " + i.Host,
+			ID: fmt.Sprintf("attestation/%s/%d", i.Host, i.At.UnixMicro()), Scope: scope, Host: i.Host, Name: p.hosts.Name(i.Host), Kind: "attestation", Path: "host " + p.hosts.Name(i.Host),
 			Reason: reason, Mode: string(attest.ModeEnforce), Count: 1, At: i.At,
 		}
 		if err = errors.Join(err, p.incidents.Blocks(ctx, []incident.Event{e})); err != nil {

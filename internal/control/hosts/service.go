@@ -340,6 +340,10 @@ func (s *Service) signal(ctx context.Context, all ...fleet.Signal) {
 	}
 }
 
+// Signal notes what another part of the server saw happen to hosts, for the
+// rollouts that watch them.
+func (s *Service) Signal(ctx context.Context, all ...fleet.Signal) { s.signal(ctx, all...) }
+
 // Signals are those since a time, the oldest first, of all replicas.
 func (s *Service) Signals(ctx context.Context, since time.Time) ([]fleet.Signal, error) {
 	out, err := s.Events.SignalsSince(ctx, since)
