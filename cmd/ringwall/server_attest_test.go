@@ -24,8 +24,10 @@ import (
 	"ringwall/internal/codesign"
 	"ringwall/internal/control/attestation"
 	"ringwall/internal/errs"
+	"ringwall/internal/fleet"
 	"ringwall/internal/host"
 	"ringwall/internal/integrity"
+	"ringwall/internal/store"
 	"ringwall/internal/testkit"
 )
 
@@ -209,6 +211,14 @@ func TestServer_attestation(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatal("the quarantine is no incident")
 		}
+	}
+	events, err := store.OpenEvents(t.Context(), "sqlite:"+filepath.Join(s.dir, "fleet"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signals, err := events.SignalsSince(t.Context(), time.Now().Add(-time.Hour))
+	if err = errors.Join(err, events.Close()); err != nil || !slices.ContainsFunc(signals, func(x fleet.Signal) bool { return x.Name == "attestation" }) {
+		t.Errorf("signals for rollouts: %v, %v", signals, err)
 	}
 	file := filepath.Join(t.TempDir(), "archive")
 	s.must(0, "admin", "", "attest", "archive", "web-1", "-o", file)
