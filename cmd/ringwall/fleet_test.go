@@ -158,10 +158,16 @@ func TestFleet(t *testing.T) {
 	}
 
 	s.must(0, "admin", "", "fleet", "hosts", "revoke", "web-1")
-	if _, err := wait(&agentpb.WaitRequest{}); rpc.CodeOf(err) != rpc.CodeUnauthenticated {
-		t.Errorf("revoked: %v", err)
-	}
 	reads(http.StatusUnauthorized)
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) { // the feed brings it
+		_, err := wait(&agentpb.WaitRequest{})
+		if rpc.CodeOf(err) == rpc.CodeUnauthenticated {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("revoked: %v", err)
+		}
+	}
 	s.must(4, "admin", "", "fleet", "hosts", "show", "web-9")
 }
 

@@ -22,6 +22,7 @@ import (
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
 	"ringwall/internal/integrity"
+	"ringwall/internal/resource"
 )
 
 const (
@@ -64,13 +65,29 @@ func (s *Service) Authenticate(r *http.Request) (*control.Actor, error) {
 }
 
 // Peer is a control.Peer: it lets hosts ask what people ask, as far as a role
-// assignment for ringwall://hosts/ID permits, which none does by itself.
-func (s *Service) Peer(ctx context.Context, _ control.Tx, _ string, cert *x509.Certificate) (*control.Actor, error) {
+// assignment for ringwall://hosts/ID permits, which none does by itself. It goes
+// by the host's document as the transaction sees it; on the agents' own routes a
+// change of that counts as soon as the feed brings it, at once where it was made
+// and within half a second on other replicas.
+func (s *Service) Peer(ctx context.Context, tx control.Tx, _ string, cert *x509.Certificate) (*control.Actor, error) {
 	id, err := s.holder(ctx, cert)
 	if err != nil {
 		return nil, err
 	}
-	return id.actor(), nil
+	by := id.actor()
+	where, err := resource.ParseID(by.Name)
+	if err != nil {
+		return nil, err
+	}
+	d, err := tx.Get(ctx, where)
+	if err != nil {
+		return nil, err
+	}
+	var p HostProperties
+	if err := read(d, &p); err != nil || !p.Revoked.IsZero() || control.PeerID(control.PeerHost, p.ID) != by.ID {
+		return nil, errors.Join(err, fmt.Errorf("client certificate: was revoked: %w", errs.Untrusted))
+	}
+	return by, nil
 }
 
 func (id *identity) actor() *control.Actor {
