@@ -21,7 +21,8 @@ say "Keys: a fleet of one, with a CA for builds, one for policies, one for permi
 
 say "A build: a small service in Go, a tool and three scripts; catalogued and signed"
 cp "$parts/greeter" "$parts/attack" build/
-cp "$parts/tour.sh" "$parts/fleet.sh" build/
+cp "$parts/tour.sh" build/
+[ ! -e "$parts/fleet.sh" ] || cp "$parts/fleet.sh" build/
 printf 'import bz2, json\nprint("hello from an authorised Python script")\n' >build/hello.py
 printf '#!/bin/sh\necho "hello from an authorised shell script"\n' >build/hello.sh
 chmod 755 build/*
