@@ -134,7 +134,7 @@ func guestModuleNames() []string {
 }
 
 func writeGuestInitramfs(path, modules string) error {
-	order, err := hypervisor.LoadOrder(modules, guestModuleNames())
+	order, err := hypervisor.LoadOrder(modules, guestModuleNames(), hypervisor.ReadModule)
 	if err != nil {
 		return err
 	}

@@ -29,7 +29,8 @@ func NewInitramfs(w io.Writer) *Initramfs {
 	return &Initramfs{w: w, done: map[string]bool{".": true}}
 }
 
-// Dir adds a directory and those above it.
+// Dir adds a directory and those above it. tmp is for
+// everybody, as it is on a disk.
 func (a *Initramfs) Dir(name string) {
 	name = clean(name)
 	if a.err != nil || a.done[name] {
@@ -37,8 +38,25 @@ func (a *Initramfs) Dir(name string) {
 	}
 	a.Dir(path.Dir(name))
 	a.done[name] = true
-	a.entry(name, 0o040755, 0, nil)
+	mode := uint32(0o040755)
+	if name == "tmp" {
+		mode = 0o041777
+	}
+	a.entry(name, mode, 0, nil)
 }
+
+// Symlink adds a symbolic link.
+func (a *Initramfs) Symlink(name, target string) {
+	if name, ok := a.start(name); ok {
+		a.entry(name, 0o120777, int64(len(target)), strings.NewReader(target))
+	}
+}
+
+// Has says whether a name is there.
+func (a *Initramfs) Has(name string) bool { return a.done[clean(name)] }
+
+// Err is the first error so far.
+func (a *Initramfs) Err() error { return a.err }
 
 // File adds a regular file.
 func (a *Initramfs) File(name string, perm fs.FileMode, content []byte) {

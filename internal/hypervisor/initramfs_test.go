@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"ringwall/internal/errs"
@@ -71,6 +72,13 @@ func TestParseModinfo(t *testing.T) {
 	got := hypervisor.ParseModinfo([]byte("license=GPL\x00depends=virtio,virtio_ring\x00softdep=pre: crc32c post: late\x00depends=\x00"))
 	if len(got) != 3 || got[0] != "virtio" || got[1] != "virtio_ring" || got[2] != "crc32c" {
 		t.Errorf("%q", got)
+	}
+}
+
+func TestParseModinfo_soft(t *testing.T) {
+	got := hypervisor.ParseModinfo([]byte("license=GPL\x00depends=dm-mod,dm-bufio\x00softdep=pre: sha256 post: other\x00depends=\x00"))
+	if want := []string{"dm-mod", "dm-bufio", "sha256"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 

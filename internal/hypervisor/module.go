@@ -28,8 +28,9 @@ type Module struct {
 
 // LoadOrder finds modules by name below dir, which is lib/modules/RELEASE of a
 // kernel, with what they depend on: each after its dependencies. A name that is
-// no module there is left out: it is built in, or the kernel lacks it.
-func LoadOrder(dir string, names []string) ([]Module, error) {
+// no module there is left out: it is built in, or the kernel lacks it. read is
+// ReadModule, or one that keeps what it unpacked.
+func LoadOrder(dir string, names []string, read func(path string) ([]byte, error)) ([]Module, error) {
 	paths := map[string]string{}
 	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
 		if err == nil && strings.Contains(d.Name(), ".ko") && d.Type().IsRegular() {
@@ -41,7 +42,7 @@ func LoadOrder(dir string, names []string) ([]Module, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kernel modules: %w", err)
 	}
-	o := loadOrder{paths: paths, seen: map[string]bool{}}
+	o := loadOrder{paths: paths, seen: map[string]bool{}, read: read}
 	for _, n := range names {
 		if err := o.visit(n); err != nil {
 			return nil, fmt.Errorf("kernel modules of %s: %w", dir, err)
@@ -53,6 +54,7 @@ func LoadOrder(dir string, names []string) ([]Module, error) {
 type loadOrder struct {
 	paths map[string]string
 	seen  map[string]bool
+	read  func(path string) ([]byte, error)
 	out   []Module
 }
 
@@ -63,7 +65,7 @@ func (o *loadOrder) visit(name string) error {
 		return nil
 	}
 	o.seen[name] = true
-	data, err := readModule(p)
+	data, err := o.read(p)
 	if err != nil {
 		return fmt.Errorf("%s: %w", p, err)
 	}
@@ -83,8 +85,8 @@ func (o *loadOrder) visit(name string) error {
 // moduleName is the form in which the kernel compares names of modules.
 func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }
 
-// readModule reads a module, unpacked: not every kernel unpacks by itself.
-func readModule(path string) ([]byte, error) {
+// ReadModule reads a module, unpacked: not every kernel unpacks by itself.
+func ReadModule(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err

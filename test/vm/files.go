@@ -54,7 +54,7 @@ func (c *cpio) add(f File) error {
 	}
 	if !st.IsDir() {
 		c.copy(f.Guest, f.Host)
-		return errors.Join(c.err, c.addLibraries(f.Host))
+		return errors.Join(c.Err(), c.addLibraries(f.Host))
 	}
 	return filepath.WalkDir(f.Host, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -80,7 +80,7 @@ func (c *cpio) add(f File) error {
 				return err
 			}
 		}
-		return c.err
+		return c.Err()
 	})
 }
 
@@ -104,7 +104,7 @@ func (c *cpio) addLibraries(host string) error {
 		if _, err := p.ReadAt(b, 0); err != nil {
 			return err
 		}
-		if name := strings.TrimRight(string(b), "\x00"); !c.done[clean(name)] {
+		if name := strings.TrimRight(string(b), "\x00"); !c.has(name) {
 			c.copy(name, name)
 		}
 	}
@@ -118,7 +118,7 @@ func (c *cpio) addLibraries(host string) error {
 			if _, err := os.Stat(p); err != nil {
 				continue
 			}
-			if !c.done[clean(p)] {
+			if !c.has(p) {
 				c.copy(p, p)
 				if err := c.addLibraries(p); err != nil {
 					return err
@@ -127,5 +127,5 @@ func (c *cpio) addLibraries(host string) error {
 			break
 		}
 	}
-	return c.err
+	return c.Err()
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ringwall/internal/errs"
+	"ringwall/internal/hypervisor"
 	"ringwall/test/vm/internal/guest"
 )
 
@@ -112,7 +113,7 @@ func writeInitramfs(ctx context.Context, path string, k Kernel, modules []string
 	if err != nil {
 		return err
 	}
-	order, err := k.loadOrder(modules)
+	order, err := hypervisor.LoadOrder(k.Modules, modules, k.plainModule)
 	if err != nil {
 		return err
 	}
@@ -130,9 +131,9 @@ func writeInitramfs(ctx context.Context, path string, k Kernel, modules []string
 	}
 	a.copy("init", initBinary)
 	for i, m := range order {
-		name := strconv.Itoa(i) + "-" + m.name
+		name := strconv.Itoa(i) + "-" + m.Name
 		c.Modules = append(c.Modules, name)
-		a.file(guest.ModuleDir+"/"+name, 0o600, string(m.data))
+		a.file(guest.ModuleDir+"/"+name, 0o600, string(m.Data))
 	}
 	for _, x := range files {
 		if err := a.add(x); err != nil {
@@ -148,7 +149,7 @@ func writeInitramfs(ctx context.Context, path string, k Kernel, modules []string
 		return err
 	}
 	a.file(guest.ConfigPath, 0o600, string(b))
-	if err := a.close(); err != nil {
+	if err := a.Close(); err != nil {
 		return err
 	}
 	return f.Close()

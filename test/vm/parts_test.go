@@ -42,7 +42,7 @@ func TestCPIO(t *testing.T) {
 	if err := c.add(File{Host: src, Guest: "/in"}); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.close(); err != nil {
+	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("cpio", "-idm", "--quiet")
@@ -71,7 +71,7 @@ func TestCPIO_libraries(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"usr/bin/env", "usr/lib64/ld-linux-x86-64.so.2", "usr/lib/x86_64-linux-gnu/libc.so.6"} {
-		if !c.done[want] {
+		if !c.has(want) {
 			t.Errorf("%s is missing", want)
 		}
 	}
@@ -127,16 +127,4 @@ func FuzzFollower(f *testing.F) {
 			t.Errorf("exited %v, output %q", fo.exited, out.Bytes())
 		}
 	})
-}
-
-func TestModuleDepends(t *testing.T) {
-	got := parseModinfo([]byte("license=GPL\x00depends=dm-mod,dm-bufio\x00softdep=pre: sha256 post: other\x00depends=\x00"))
-	if want := []string{"dm-mod", "dm-bufio", "sha256"}; !slices.Equal(got, want) {
-		t.Errorf("%q, want %q", got, want)
-	}
-}
-
-func FuzzModuleDepends(f *testing.F) {
-	f.Add([]byte("\x7fELF"))
-	f.Fuzz(func(t *testing.T, b []byte) { _, _ = moduleDepends(b) })
 }
