@@ -14,7 +14,6 @@ import (
 
 	"ringwall/internal/api"
 	"ringwall/internal/control/attestation"
-	"ringwall/internal/errs"
 	"ringwall/internal/host"
 )
 
@@ -41,13 +40,9 @@ JSON: {"hosts": [{"host", "tpm", "state", "why", "basis", "last_good", "last_see
 			out := attestationList{Hosts: []attestation.Status{}}
 			q := url.Values{"standing": {standing}}
 			for {
-				b, _, err := client.Do(c.Context(), api.Request{Method: http.MethodGet, Path: attestationPath + "?" + q.Encode()})
-				if err != nil {
-					return err
-				}
 				var page attestationList
-				if err := json.Unmarshal(b, &page); err != nil {
-					return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+				if err := ask(c.Context(), client, api.Request{Method: http.MethodGet, Path: attestationPath + "?" + q.Encode()}, &page); err != nil {
+					return err
 				}
 				out.Hosts = append(out.Hosts, page.Hosts...)
 				if page.Next == "" {
@@ -164,13 +159,9 @@ func giveOrder(ctx context.Context, client *api.Client, name, order string, body
 	if err != nil {
 		return nil, err
 	}
-	b, _, err := client.Do(ctx, api.Request{Method: http.MethodPost, Path: (&url.URL{Path: h.Resource.String() + "/" + order}).EscapedPath(), Body: raw})
-	if err != nil {
-		return nil, err
-	}
 	var st attestation.Status
-	if err := json.Unmarshal(b, &st); err != nil {
-		return nil, fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+	if err := ask(ctx, client, api.Request{Method: http.MethodPost, Path: (&url.URL{Path: h.Resource.String() + "/" + order}).EscapedPath(), Body: raw}, &st); err != nil {
+		return nil, err
 	}
 	return &st, nil
 }

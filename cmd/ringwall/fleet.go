@@ -47,8 +47,8 @@ func below(scope, kind string) string {
 func listBelow(ctx context.Context, client *api.Client, scope, kind string, visit func(*resourceDoc) error) error {
 	return client.List(ctx, (&url.URL{Path: below(scope, kind)}).EscapedPath(), func(raw json.RawMessage) error {
 		var d resourceDoc
-		if err := json.Unmarshal(raw, &d); err != nil {
-			return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+		if err := readAnswer(raw, &d); err != nil {
+			return err
 		}
 		return visit(&d)
 	})
@@ -87,13 +87,9 @@ func fetchHosts(ctx context.Context, client *api.Client, scope, host string) (*h
 	if host != "" {
 		q.Set("host", host)
 	}
-	b, _, err := client.Do(ctx, api.Request{Method: http.MethodGet, Path: "/ringwall/fleet/hosts?" + q.Encode()})
-	if err != nil {
-		return nil, err
-	}
 	var l hosts.Listing
-	if err := json.Unmarshal(b, &l); err != nil {
-		return nil, fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+	if err := ask(ctx, client, api.Request{Method: http.MethodGet, Path: "/ringwall/fleet/hosts?" + q.Encode()}, &l); err != nil {
+		return nil, err
 	}
 	return &l, nil
 }
@@ -240,8 +236,8 @@ func newFleetHostsShowCommand(e *env) *cobra.Command {
 				hosts.View
 				Events []hosts.EventView `json:"events"`
 			}{View: *h}
-			if err := json.Unmarshal(b, &out); err != nil {
-				return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+			if err := readAnswer(b, &out); err != nil {
+				return err
 			}
 			return e.emit(out, func(w io.Writer) { printHost(w, h, out.Events) })
 		},
@@ -305,13 +301,9 @@ func newFleetHostActionCommand(e *env, verb, short, long string) *cobra.Command 
 				return err
 			}
 			path := (&url.URL{Path: h.Resource.String() + "/" + verb}).EscapedPath()
-			b, _, err := client.Do(c.Context(), api.Request{Method: http.MethodPost, Path: path, Body: []byte("{}")})
-			if err != nil {
-				return err
-			}
 			var p hosts.HostProperties
-			if err := json.Unmarshal(b, &p); err != nil {
-				return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+			if err := ask(c.Context(), client, api.Request{Method: http.MethodPost, Path: path, Body: []byte("{}")}, &p); err != nil {
+				return err
 			}
 			return e.emit(p, func(w io.Writer) { fmt.Fprintf(w, "%s: %s\n", shown(h.Name), verb) })
 		},
@@ -348,8 +340,8 @@ JSON: {"items": [{"sha256", "kind", "path", "signer", "first_seen", "last_seen",
 			out := struct {
 				Items []fleet.Item `json:"items"`
 			}{Items: []fleet.Item{}}
-			if err := json.Unmarshal(b, &out); err != nil {
-				return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+			if err := readAnswer(b, &out); err != nil {
+				return err
 			}
 			return e.emit(out, func(w io.Writer) {
 				t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)

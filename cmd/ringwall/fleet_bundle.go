@@ -571,13 +571,9 @@ func (p *pusher) chunks(ctx context.Context, scope resource.ID, all []integrity.
 		if err != nil {
 			return err
 		}
-		b, _, err := p.client.Do(ctx, api.Request{Method: http.MethodPost, Path: "/ringwall/fleet/chunks", Body: body})
-		if err != nil {
-			return err
-		}
 		var missing hosts.Question
-		if err := json.Unmarshal(b, &missing); err != nil {
-			return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+		if err := ask(ctx, p.client, api.Request{Method: http.MethodPost, Path: "/ringwall/fleet/chunks", Body: body}, &missing); err != nil {
+			return err
 		}
 		for _, d := range missing.Chunks {
 			data, err := readBounded(filepath.Join(p.dir, bundleChunks, d.String()), hosts.MaxChunk)

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -101,13 +100,9 @@ type cellWriter struct {
 }
 
 func (w *cellWriter) write(ctx context.Context) error {
-	b, _, err := w.client.Do(ctx, api.Request{Method: http.MethodGet, Path: "/ringwall/fleet/hosts?" + url.Values{"below": {w.scope}}.Encode()})
+	list, err := fetchHosts(ctx, w.client, w.scope, "")
 	if err != nil {
 		return err
-	}
-	var list hosts.Listing
-	if err := json.Unmarshal(b, &list); err != nil {
-		return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
 	}
 	w.group(list.Hosts)
 	if len(w.Cells) == 0 {

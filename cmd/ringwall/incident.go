@@ -56,20 +56,15 @@ type incidentDoc struct {
 	Suggestion string           `json:"suggestion,omitempty"`
 }
 
-// incidentPath is where the incidents below a scope are listed.
-func incidentPath(scope string) string {
-	return (&url.URL{Path: strings.TrimSuffix(scope, "/") + "/providers/" + incidents.TypeIncident}).EscapedPath()
-}
-
 func listIncidents(ctx context.Context, client *api.Client, scope string, keep func(*incidentDoc) bool) ([]*incidentDoc, error) {
 	out := []*incidentDoc{}
-	err := client.List(ctx, incidentPath(scope), func(raw json.RawMessage) error {
-		var d incidentDoc
-		if err := json.Unmarshal(raw, &d); err != nil {
-			return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+	err := listBelow(ctx, client, scope, incidents.TypeIncident, func(d *resourceDoc) error {
+		x := &incidentDoc{ID: d.ID.String(), ETag: d.ETag}
+		if err := d.read(&x.Incident); err != nil {
+			return err
 		}
-		if keep(&d) {
-			out = append(out, &d)
+		if keep(x) {
+			out = append(out, x)
 		}
 		return nil
 	})
@@ -296,12 +291,8 @@ func invokeIncident(c *cobra.Command, e *env, name, action string, request any) 
 	if err != nil {
 		return err
 	}
-	b, _, err := client.Do(c.Context(), api.Request{Method: http.MethodPost, Path: (&url.URL{Path: d.ID + "/" + action}).EscapedPath(), Body: body})
-	if err != nil {
+	if err := ask(c.Context(), client, api.Request{Method: http.MethodPost, Path: (&url.URL{Path: d.ID + "/" + action}).EscapedPath(), Body: body}, &d.Incident); err != nil {
 		return err
-	}
-	if err := json.Unmarshal(b, &d.Incident); err != nil {
-		return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
 	}
 	d.ETag = ""
 	return e.emit(d, func(w io.Writer) {
@@ -397,7 +388,7 @@ JSON: the document`,
 			if err != nil {
 				return err
 			}
-			client, path, err := connectFor(e, strings.TrimSuffix(args[0], "/")+"/providers/"+incidents.TypeSilence+"/"+args[1])
+			client, path, err := connectFor(e, below(args[0], incidents.TypeSilence)+"/"+args[1])
 			if err != nil {
 				return err
 			}

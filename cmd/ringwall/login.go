@@ -306,13 +306,9 @@ func login(ctx context.Context, e *env, s session) error {
 	if err != nil {
 		return err
 	}
-	b, _, err := c.Do(ctx, api.Request{Method: "GET", Path: "/ringwall/whoami"})
-	if err != nil {
-		return err
-	}
 	var who httpapi.Who
-	if err := json.Unmarshal(b, &who); err != nil {
-		return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+	if err := ask(ctx, c, api.Request{Method: "GET", Path: "/ringwall/whoami"}, &who); err != nil {
+		return err
 	}
 	file, err := sessionFile(e)
 	if err != nil {
@@ -387,13 +383,21 @@ func askJSON(ctx context.Context, e *env, q api.Request, out any) error {
 	if err != nil {
 		return err
 	}
+	return ask(ctx, client, q, out)
+}
+
+// ask sends a request and reads the answer into out; nil: it says nothing that
+// matters.
+func ask(ctx context.Context, client *api.Client, q api.Request, out any) error {
 	b, _, err := client.Do(ctx, q)
-	if err != nil {
+	if err != nil || out == nil {
 		return err
 	}
-	if out == nil {
-		return nil
-	}
+	return readAnswer(b, out)
+}
+
+// readAnswer reads what a server sent.
+func readAnswer(b []byte, out any) error {
 	if err := json.Unmarshal(b, out); err != nil {
 		return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
 	}

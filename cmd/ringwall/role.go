@@ -148,7 +148,7 @@ func newRoleShowCommand(e *env) *cobra.Command {
 func assignmentID(scope resource.ID, role *rbac.Role, principal string) (resource.ID, error) {
 	sum := sha256.Sum256([]byte(scope.Key() + "\n" + strings.ToLower(role.ID) + "\n" + strings.ToLower(principal)))
 	name := fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
-	return resource.ParseID(strings.TrimSuffix(scope.String(), "/") + "/providers/" + control.TypeRoleAssignment + "/" + name)
+	return resource.ParseID(below(scope.String(), control.TypeRoleAssignment) + "/" + name)
 }
 
 // assignmentArgs are what assign and unassign take.
@@ -277,7 +277,7 @@ JSON: {"assignments": [{"id", "scope", "role", "principal"}]}`,
 			out := struct {
 				Assignments []assignment `json:"assignments"`
 			}{Assignments: []assignment{}}
-			path := strings.TrimSuffix(at.String(), "/") + "/providers/" + control.TypeRoleAssignment
+			path := below(at.String(), control.TypeRoleAssignment)
 			err = client.List(c.Context(), path, func(raw json.RawMessage) error {
 				var d struct {
 					ID         resource.ID `json:"id"`
@@ -286,8 +286,8 @@ JSON: {"assignments": [{"id", "scope", "role", "principal"}]}`,
 						Principal string      `json:"principalId"`
 					} `json:"properties"`
 				}
-				if err := json.Unmarshal(raw, &d); err != nil {
-					return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+				if err := readAnswer(raw, &d); err != nil {
+					return err
 				}
 				name := d.Properties.Role.Name()
 				if i := slices.IndexFunc(roles, func(r *rbac.Role) bool { return strings.EqualFold(r.ID, name) }); i >= 0 {

@@ -16,6 +16,7 @@ import (
 	"ringwall/internal/api"
 	"ringwall/internal/control/rollouts"
 	"ringwall/internal/errs"
+	"ringwall/internal/fleet"
 	"ringwall/internal/integrity"
 	"ringwall/internal/resource"
 	"ringwall/internal/rollout"
@@ -52,7 +53,7 @@ ends one that has not begun. Nobody has to approve it.`, false),
 
 // rolloutCollection is where the rollouts of a scope are.
 func rolloutCollection(scope string) string {
-	return strings.TrimSuffix(scope, "/") + "/providers/Ringwall.Fleet/rollouts"
+	return below(scope, fleet.TypeRollout)
 }
 
 type rolloutStart struct {
@@ -250,13 +251,9 @@ func newRolloutActionCommand(e *env, action, short, long string, needsReason boo
 			if err != nil {
 				return err
 			}
-			b, _, err := client.Do(c.Context(), api.Request{Method: http.MethodPost, Path: path + "/" + action, Body: body})
-			if err != nil {
-				return err
-			}
 			var s rollouts.Status
-			if err := json.Unmarshal(b, &s); err != nil {
-				return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+			if err := ask(c.Context(), client, api.Request{Method: http.MethodPost, Path: path + "/" + action, Body: body}, &s); err != nil {
+				return err
 			}
 			out := struct {
 				ID    string        `json:"id"`
@@ -347,7 +344,7 @@ func parseWindow(s string) (rollouts.Window, error) {
 }
 
 func haltID(scope, name string) string {
-	return strings.TrimSuffix(scope, "/") + "/providers/Ringwall.Fleet/halts/" + name
+	return below(scope, fleet.TypeHalt) + "/" + name
 }
 
 func newRolloutUnhaltCommand(e *env) *cobra.Command {
@@ -372,13 +369,9 @@ func newRolloutUnhaltCommand(e *env) *cobra.Command {
 
 // progressOf asks how a rollout stands at this moment.
 func progressOf(ctx context.Context, client *api.Client, id string) (*rollouts.Progress, error) {
-	b, _, err := client.Do(ctx, api.Request{Method: http.MethodGet, Path: progressPath + "?" + url.Values{"id": {id}}.Encode()})
-	if err != nil {
-		return nil, err
-	}
 	var p rollouts.Progress
-	if err := json.Unmarshal(b, &p); err != nil {
-		return nil, fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+	if err := ask(ctx, client, api.Request{Method: http.MethodGet, Path: progressPath + "?" + url.Values{"id": {id}}.Encode()}, &p); err != nil {
+		return nil, err
 	}
 	return &p, nil
 }

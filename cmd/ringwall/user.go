@@ -69,8 +69,8 @@ func changeProperties[T any](ctx context.Context, e *env, id string, change func
 	var d struct {
 		Properties T `json:"properties"`
 	}
-	if err := json.Unmarshal(b, &d); err != nil {
-		return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+	if err := readAnswer(b, &d); err != nil {
+		return err
 	}
 	if err := change(&d.Properties); err != nil {
 		return err
@@ -89,8 +89,8 @@ func listDocuments[T any](ctx context.Context, e *env, kind string, visit func(i
 			ID         resource.ID `json:"id"`
 			Properties T           `json:"properties"`
 		}
-		if err := json.Unmarshal(raw, &d); err != nil {
-			return fmt.Errorf("the server's answer: %w: %w", err, errs.Invalid)
+		if err := readAnswer(raw, &d); err != nil {
+			return err
 		}
 		return visit(d.ID, d.Properties)
 	})
