@@ -75,11 +75,10 @@ func (e *Engine) Run(ctx context.Context, f control.Fence) error {
 	r := e.newRun(f)
 	for {
 		r.moved = false
-		began := time.Now()
 		if err := r.round(ctx); err != nil && ctx.Err() == nil {
 			e.Log.WarnContext(ctx, "rollouts_round_failed", slog.Any("error", err))
 		}
-		if err := r.rest(ctx, time.Since(began)); err != nil {
+		if err := r.rest(ctx); err != nil {
 			return err
 		}
 	}
@@ -92,9 +91,8 @@ const (
 )
 
 // rest waits for the next round, which comes at once when people changed a
-// rollout or a halt, or a check is done. took is how long this one took: over
-// many hosts the engine takes a quarter of a core at most.
-func (r *run) rest(ctx context.Context, took time.Duration) error {
+// rollout or a halt, or a check is done.
+func (r *run) rest(ctx context.Context) error {
 	wait := func(d time.Duration) error {
 		select {
 		case <-ctx.Done():
@@ -104,7 +102,7 @@ func (r *run) rest(ctx context.Context, took time.Duration) error {
 		}
 	}
 	if r.moved {
-		return wait(min(max(soon, 3*took), r.Round)) // what follows from it
+		return wait(min(soon, r.Round)) // what follows from it
 	}
 	for end := time.Now().Add(r.Round); ; {
 		left := time.Until(end)
