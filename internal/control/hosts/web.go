@@ -301,20 +301,24 @@ func (s *Service) ServeMissing(w http.ResponseWriter, r *http.Request, by contro
 	return answer(w, out)
 }
 
+// chunkRequest is which chunk a request is about and for whose manifests, if the
+// actor may do that to manifests there.
+func (s *Service) chunkRequest(r *http.Request, by control.Actor, verb string) (want integrity.Digest, at resource.ID, err error) {
+	if want, err = integrity.ParseDigest(r.PathValue("sha256")); err != nil {
+		return want, at, err
+	}
+	if at, err = scope(r, "scope"); err != nil {
+		return want, at, err
+	}
+	return want, at, s.may(r.Context(), by, fleet.TypeManifest+"/"+verb, at)
+}
+
 // ServeChunk takes a chunk: PUT …/{sha256}?scope=ID with its bytes. What does not
 // have the digest is refused, so that a chunk can be pushed by anybody who may
 // and means the same to everybody.
 func (s *Service) ServeChunk(w http.ResponseWriter, r *http.Request, by control.Actor) error {
-	want, err := integrity.ParseDigest(r.PathValue("sha256"))
+	want, at, err := s.chunkRequest(r, by, "write") // before anything is read
 	if err != nil {
-		return err
-	}
-	at, err := scope(r, "scope")
-	if err != nil {
-		return err
-	}
-	// before anything is read
-	if err := s.may(r.Context(), by, fleet.TypeManifest+"/write", at); err != nil {
 		return err
 	}
 	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(slowest)); err != nil && !errors.Is(err, http.ErrNotSupported) {
@@ -354,15 +358,8 @@ func (s *Service) ServeChunk(w http.ResponseWriter, r *http.Request, by control.
 // manifests of the scope, which name chunks; whoever knows a digest of another's
 // has read it.
 func (s *Service) ServeContent(w http.ResponseWriter, r *http.Request, by control.Actor) error {
-	want, err := integrity.ParseDigest(r.PathValue("sha256"))
+	want, _, err := s.chunkRequest(r, by, "read")
 	if err != nil {
-		return err
-	}
-	at, err := scope(r, "scope")
-	if err != nil {
-		return err
-	}
-	if err := s.may(r.Context(), by, fleet.TypeManifest+"/read", at); err != nil {
 		return err
 	}
 	ctx := r.Context()
