@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,11 +16,9 @@ import (
 	"sync"
 	"time"
 
-	"ringwall/internal/control"
 	"ringwall/internal/control/hosts"
 	"ringwall/internal/control/incidents"
 	"ringwall/internal/fleet"
-	"ringwall/internal/rbac"
 	"ringwall/internal/resource"
 	"ringwall/test/fleet/sim"
 	"ringwall/test/vm"
@@ -78,7 +75,7 @@ func (d *demo) fleet(ctx context.Context, g *guest) error {
 
 // open starts the server and makes what it needs to know.
 func (c *company) open(ctx context.Context) error {
-	hook, err := c.listen(ctx)
+	hook, err := sim.Listen(ctx, func(_, text string) { c.pages <- text })
 	if err != nil {
 		return err
 	}
@@ -99,14 +96,13 @@ func (c *company) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	token := control.NewToken() // of a second person: who starts a rollout cannot approve it
+	token, err := c.s.Owner(ctx, "bea")
+	if err != nil {
+		return err
+	}
 	to := filepath.Join(c.payload, "prepared", "fleet")
 	err = errors.Join(
 		c.s.Put(ctx, subscription, struct{}{}), c.s.Put(ctx, group, struct{}{}),
-		c.s.Put(ctx, control.TokenID(token).String(), control.Token{Principal: "bea", Name: "Bea", Expires: time.Now().Add(time.Hour).UTC()}),
-		c.s.Put(ctx, "/providers/"+control.TypeRoleAssignment+"/bea", map[string]string{
-			"roleDefinitionId": "/providers/" + control.TypeRoleDefinition + "/" + rbac.Owner, "principalId": "bea",
-		}),
 		os.MkdirAll(to, 0o755), //nolint:gosec // a disk of a guest
 		os.WriteFile(filepath.Join(to, "url"), []byte("https://10.0.2.2:"+port), 0o600),
 		os.WriteFile(filepath.Join(to, "attack"), fmt.Append(nil, epochGood), 0o600),
@@ -130,23 +126,6 @@ func (c *company) open(ctx context.Context) error {
 	return c.simulate(ctx)
 }
 
-// listen is the webhook of whoever is on call.
-func (c *company) listen(ctx context.Context) (url string, err error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		var event struct{ Data struct{ Text string } }
-		if json.NewDecoder(io.LimitReader(r.Body, 1<<20)).Decode(&event) == nil {
-			c.pages <- event.Data.Text
-		}
-	})}
-	context.AfterFunc(ctx, func() { _ = srv.Close() })
-	go func() { _ = srv.Serve(l) }()
-	return "http://" + l.Addr().String(), nil
-}
-
 // simulate joins hosts that only say that they enforce.
 func (c *company) simulate(ctx context.Context) error {
 	scope, err := resource.ParseID(group)
@@ -155,12 +134,8 @@ func (c *company) simulate(ctx context.Context) error {
 	}
 	enrol := c.world.Enrolment()
 	for n := range simulated {
-		token := hosts.NewJoinToken(scope)
-		id, err := hosts.JoinTokenID(token)
+		token, err := c.s.JoinToken(ctx, scope)
 		if err != nil {
-			return err
-		}
-		if err := c.s.Put(ctx, id.String(), hosts.TokenProperties{Expires: time.Now().Add(time.Hour).UTC()}); err != nil {
 			return err
 		}
 		a, err := c.world.Join(ctx, enrol, n, token)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -35,6 +34,7 @@ type measurement struct {
 	s      *sim.Server
 	w      *sim.World
 	op     *operator
+	other  *api.Client // somebody who may approve what the administrator starts
 	agents []*sim.Agent
 	pages  *pages
 }
@@ -107,6 +107,13 @@ func (m *measurement) setUp(ctx context.Context) error {
 	if err := errors.Join(m.s.Put(ctx, subscription, struct{}{}), m.s.Put(ctx, group, struct{}{})); err != nil {
 		return err
 	}
+	token, err := m.s.Owner(ctx, "approver")
+	if err != nil {
+		return err
+	}
+	if m.other, err = api.NewClient(m.s.URL, m.s.CA, token); err != nil {
+		return err
+	}
 	m.op, err = newOperator(ctx, m.s, 20)
 	return err
 }
@@ -141,13 +148,9 @@ func (m *measurement) join(ctx context.Context) error {
 		return err
 	}
 	tokens := make([]string, m.o.hosts)
-	err = each(ctx, m.o.hosts, 16, func(ctx context.Context, i int) error {
-		tokens[i] = hosts.NewJoinToken(scope)
-		id, err := hosts.JoinTokenID(tokens[i])
-		if err != nil {
-			return err
-		}
-		return m.s.Put(ctx, id.String(), hosts.TokenProperties{Expires: time.Now().Add(time.Hour).UTC().Truncate(time.Second)})
+	err = each(ctx, m.o.hosts, 16, func(ctx context.Context, i int) (err error) {
+		tokens[i], err = m.s.JoinToken(ctx, scope)
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("join tokens: %w", err)
@@ -392,25 +395,14 @@ type pages struct {
 }
 
 func listen(ctx context.Context) (*pages, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	p := &pages{url: "http://" + l.Addr().String()}
-	srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		var event struct {
-			Data struct{ Title, Text string }
-		}
-		if err := json.NewDecoder(r.Body).Decode(&event); err != nil {
-			return
-		}
+	p := &pages{}
+	var err error
+	p.url, err = sim.Listen(ctx, func(title, _ string) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.texts, p.times = append(p.texts, event.Data.Title), append(p.times, time.Now())
-	})}
-	context.AfterFunc(ctx, func() { _ = srv.Close() })
-	go func() { _ = srv.Serve(l) }()
-	return p, nil
+		p.texts, p.times = append(p.texts, title), append(p.times, time.Now())
+	})
+	return p, err
 }
 
 func (p *pages) wait(ctx context.Context, part string) (time.Time, error) {

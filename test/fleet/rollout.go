@@ -8,25 +8,9 @@ import (
 	"time"
 
 	"ringwall/internal/api"
-	"ringwall/internal/control"
 	"ringwall/internal/errs"
 	"ringwall/internal/fleet"
-	"ringwall/internal/rbac"
 )
-
-// approver makes somebody who may approve what the administrator starts.
-func (m *measurement) approver(ctx context.Context) (*api.Client, error) {
-	token := control.NewToken()
-	err := errors.Join(
-		m.s.Put(ctx, control.TokenID(token).String(), control.Token{Principal: "approver", Name: "approver", Expires: time.Now().Add(time.Hour).UTC()}),
-		m.s.Put(ctx, "/providers/"+control.TypeRoleAssignment+"/approver", map[string]string{
-			"roleDefinitionId": "/providers/" + control.TypeRoleDefinition + "/" + rbac.Owner, "principalId": "approver",
-		}))
-	if err != nil {
-		return nil, err
-	}
-	return api.NewClient(m.s.URL, m.s.CA, token)
-}
 
 func post(ctx context.Context, c *api.Client, path string) error {
 	_, _, err := c.Do(ctx, api.Request{Method: http.MethodPost, Path: path, Body: []byte("{}")})
@@ -38,12 +22,9 @@ func (m *measurement) approve(ctx context.Context, id string) error {
 	if err := post(ctx, m.s.Client, id+"/start"); err != nil {
 		return err
 	}
-	other, err := m.approver(ctx)
-	if err != nil {
-		return err
-	}
+	var err error
 	for range 300 {
-		if err = post(ctx, other, id+"/approve"); !errors.Is(err, errs.Conflict) {
+		if err = post(ctx, m.other, id+"/approve"); !errors.Is(err, errs.Conflict) {
 			return err
 		}
 		select {
